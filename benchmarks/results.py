@@ -54,6 +54,7 @@ def page(runs: Sequence[Path]) -> str:
             *steps(report),
             "",
             *differences(report),
+            *budget(report),
         ]
     return "\n".join(lines) + "\n"
 
@@ -81,6 +82,20 @@ def summary(reports: Mapping[str, Json]) -> list[str]:
         mean, worst = sum(captured) / len(captured), min(captured)
         lines += ["", f"OPD's macro headroom: mean {mean:.3f}, lowest {worst:.3f}."]
     return lines
+
+
+def budget(report: Json) -> list[str]:
+    """How many tokens mixed training learned from, against the specialists and OPD together."""
+    tokens = report.get("tokens", {})
+    mixed = sum(count for stage, count in tokens.items() if stage.endswith("/mixed"))
+    others = sum(tokens.values()) - mixed - tokens.get("base", 0)
+    if not mixed:
+        return []
+    return [
+        "",
+        f"Mixed training learned from {mixed:,} tokens, all specialists and OPD together from "
+        f"{others:,} (ratio {mixed / others:.2f}); the base's are not counted.",
+    ]
 
 
 def scores(report: Json) -> list[str]:

@@ -30,6 +30,20 @@ class Run:
     seconds: dict[str, float]
     """stage -> wall time in seconds, evaluations included."""
 
+    @property
+    def tokens(self) -> dict[str, int]:
+        """stage -> tokens that carried loss, over all its steps; of the stages that train."""
+        counted = {
+            stage: sum(
+                int(value or 0)
+                for record in records
+                for name, value in record.items()
+                if name == "tokens" or name.startswith("tokens/")
+            )
+            for stage, records in self.records.items()
+        }
+        return {stage: count for stage, count in counted.items() if count}
+
 
 def read_run(inputs: Mapping[str, Path]) -> Run:
     """Read the finished stages that a report was given, by role (see ReportStage)."""

@@ -10,7 +10,16 @@ from markupsafe import Markup
 from posttrain.report_data import EVALUATE, Run, is_score
 from posttrain.report_numbers import MACRO, MERGED, Cell, Numbers
 from posttrain.report_plots import Series, line_panel
-from posttrain.report_words import decimal, duration, is_outside_zero, label, percent, signed, span
+from posttrain.report_words import (
+    decimal,
+    duration,
+    is_outside_zero,
+    label,
+    percent,
+    signed,
+    span,
+    thousands,
+)
 
 GROUPS = (
     ("base", "Start"),
@@ -278,14 +287,19 @@ def answer_of(who: str, line: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def time_bars(run: Run) -> list[dict[str, Any]]:
-    """Wall time by stage, in the order of the run; all evaluations are one bar."""
+    """Wall time and tokens with loss by stage, in the order of the run; evaluations are one bar."""
     seconds = {name: s for name, s in run.seconds.items() if not is_score(name)}
     scored = [s for name, s in run.seconds.items() if name.startswith(EVALUATE)]
     if scored:
         seconds[f"evaluation of {len(scored)} checkpoints"] = sum(scored)
     longest = max(seconds.values(), default=0.0) or 1.0
     return [
-        {"name": name, "time": duration(s), "width": round(100 * s / longest, 2)}
+        {
+            "name": name,
+            "time": duration(s),
+            "width": round(100 * s / longest, 2),
+            "tokens": thousands(run.tokens[name]) if name in run.tokens else "",
+        }
         for name, s in seconds.items()
     ]
 

@@ -60,6 +60,11 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
+def thousands(count: int) -> str:
+    """`41k` for 41,250; counts below a thousand in full."""
+    return f"{count:,}" if count < 1000 else f"{count / 1000:,.0f}k"
+
+
 def listed(parts: Sequence[str]) -> str:
     """`a, b and c`."""
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"

@@ -117,6 +117,7 @@ class GroupSampler:
             **(by_domain if len(self.tasks) > 1 else {}),
             "reward_std": fmean(spreads),
             "groups_without_spread": fmean(spread == 0 for spread in spreads),
+            "tokens": sum(sum(rollout.is_own) for rollout in rollouts),
             "length": fmean(sum(rollout.is_own) for rollout in rollouts),
             "truncated": fmean(rollout.finish_reason == "length" for rollout in rollouts),
         }

@@ -84,6 +84,7 @@ def learn(
     num_rows = sum(map(len, kept.values()))
     counts = {"rows": num_rows, "rows_too_long": sum(map(len, sources.values())) - num_rows}
     data = in_order(list(kept.values()), config, seed=job.seed, weights=weights)
+    counts["tokens"] = sum(label != IGNORED for row in data["labels"] for label in row)
     trainer = build_trainer(model, tokenizer, data, config, job)
     training.run(trainer, job, tokenizer, facts={**counts, **(facts or {})})
 

@@ -1,8 +1,9 @@
 """What can be wrong with a recipe beyond its types, found in seconds and before any training.
 
-Files, checkpoints, tokenizers, rewards, tools, data, prompt lengths: each check raises RecipeError
-with one line that names the recipe's file and line, the field, what was found and the remedy.
-Data that would have to be downloaded, or generated at length, is left to the stage that needs it.
+Files, checkpoints, tokenizers, rewards, tools, data, prompt lengths, GPUs: each check raises
+RecipeError with one line that names the recipe's file and line, the field, what was found and the
+remedy. The hub is asked whether what is to be downloaded is there; what would have to be generated
+at length is left to the stage that needs it.
 """
 
 import json
@@ -22,6 +23,7 @@ from posttrain.domains import (
     split,
 )
 from posttrain.errors import CheckpointError, DataError, PosttrainError
+from posttrain.pipeline.hub import check_on_hub
 from posttrain.pipeline.recipe import DomainConfig
 from posttrain.pipeline.recipe_file import RecipeFile
 from posttrain.pipeline.recipe_yaml import FieldPath
@@ -39,6 +41,9 @@ REGISTER = "register_dataset("
 IMPORT_S = 2.0
 """How long the checks wait for the user's reward modules; a slower one is the grader's to load."""
 
+NUM_TOKENISED = 100
+"""How many demonstrations are tokenised to see whether one is short enough."""
+
 FORMAT_TOKENS = 64
 """More than V4's format adds to a prompt, and to each of its messages."""
 
@@ -50,6 +55,7 @@ TEMPLATE_TOKENS = 4096
 
 def check_recipe(file: RecipeFile) -> None:
     """Raise RecipeError for the first thing found that would stop the run later."""
+    check_cluster(file)
     check_checkpoints(file)
     for name, domain in file.recipe.domains.items():
         check_functions(file, name, domain)
@@ -73,9 +79,29 @@ def naming(file: RecipeFile, where: FieldPath) -> Generator[None]:
         raise file.source.error(where, str(error)) from None
 
 
+def check_cluster(file: RecipeFile) -> None:
+    """A job's GPUs are on this machine, unless the cluster is elsewhere."""
+    cluster = file.recipe.cluster
+    if not cluster.gpus_per_job or cluster.address:
+        return
+    import torch
+
+    found = torch.cuda.device_count()
+    if found < cluster.gpus_per_job:
+        raise file.source.error(
+            ("cluster", "gpus_per_job"),
+            f"a job is to take {cluster.gpus_per_job:g} GPUs, and PyTorch finds {found} on this "
+            "machine: lower it (0: none), install PyTorch's build for your GPU, or give "
+            "cluster.address",
+        )
+
+
 def check_checkpoints(file: RecipeFile) -> None:
     """The base and the teachers are there, and map every token to the same id."""
     base, teachers = file.recipe.base, file.recipe.teachers
+    if base.hub:
+        with naming(file, ("base", "hub")):
+            check_on_hub("model", base.hub, base.revision)
     if base.path:
         with naming(file, ("base", "path")):
             check_folder(file.folder / base.path)
@@ -209,6 +235,8 @@ def check_source(data: DataConfig, folder: Path, *, heldout_share: float) -> Non
                 f"or a demonstration, and no such row is left besides those that may be held out "
                 f"(heldout_share {heldout_share:g}): give more of them"
             )
+    elif data.hub:
+        check_on_hub("dataset", data.hub)
     elif data.python:
         import_object(data.python, folder)
 
@@ -216,7 +244,11 @@ def check_source(data: DataConfig, folder: Path, *, heldout_share: float) -> Non
 def check_data(file: RecipeFile, name: str, domain: DomainConfig) -> None:
     """The domain's rows can be read, split, learned from, and fit into the context."""
     where: FieldPath = ("domains", name, "data")
-    if domain.data.hub or is_known_generator(domain.data):
+    if domain.data.hub:
+        with naming(file, (*where, "hub")):
+            check_on_hub("dataset", domain.data.hub)
+        return
+    if is_known_generator(domain.data):
         return
     with naming(file, (*where, domain.data.source.partition(" ")[0])):
         rows = load_rows(domain.data, folder=file.folder, seed=file.recipe.seed)
@@ -235,10 +267,38 @@ def check_data(file: RecipeFile, name: str, domain: DomainConfig) -> None:
             f"none of the {len(train)} rows to train on has a response or a demonstration: add "
             "some, or set sft to null",
         )
+    if domain.sft and domain.sft.max_length:
+        check_sft_length(file, name, domain, [row for row in train if row.response])
     if domain.tools:
         with naming(file, where):
             refuse_names_of_tool_arguments(rows)
     check_lengths(file, name, domain, rows)
+
+
+def check_sft_length(file: RecipeFile, name: str, domain: DomainConfig, rows: list[Row]) -> None:
+    """Some demonstration fits in sft.max_length. Of very many, the shortest are tokenised."""
+    assert domain.sft
+    from posttrain.chat import encode_example
+
+    chosen = sorted(rows, key=lambda row: row.id)[: domain.sft.num_demonstrations]
+    tokenizer, tools, limit = full_tokenizer(file), prompt_tools(domain), domain.sft.max_length
+    shortest = min(
+        len(
+            encode_example(
+                tokenizer,
+                [*system_messages(domain), *row.messages, *(row.response or [])],
+                tools=tools,
+                effort=domain.effort,
+            )[0]
+        )
+        for row in sorted(chosen, key=num_tokens_at_most)[:NUM_TOKENISED]
+    )
+    if limit is not None and shortest > limit:
+        raise file.source.error(
+            ("domains", name, "sft", "max_length"),
+            f"found {limit}, but the shortest of {len(chosen)} demonstrations has {shortest} "
+            "tokens: raise it, or shorten them",
+        )
 
 
 def is_known_generator(data: DataConfig) -> bool:
@@ -321,10 +381,14 @@ def prompt_length(tokenizer: Any, domain: DomainConfig, row: Row) -> int:
     """Tokens of the row's prompt as a rollout will start with it."""
     from posttrain.chat import encode_prompt
 
-    system = [{"role": "system", "content": domain.system}] if domain.system else []
-    messages = [*system, *row.messages]
+    messages = [*system_messages(domain), *row.messages]
     tools = prompt_tools(domain)
     return len(encode_prompt(tokenizer, messages, tools=tools, effort=domain.effort))
+
+
+def system_messages(domain: DomainConfig) -> list[dict[str, Any]]:
+    """What stands in front of every row."""
+    return [{"role": "system", "content": domain.system}] if domain.system else []
 
 
 def prompt_tools(domain: DomainConfig) -> list[dict[str, Any]]:

@@ -25,9 +25,14 @@ def rebuild_report(directory: Path) -> Path:
             f"{directory} holds no run (no manifest.json): give a run's folder, such as "
             "runs/quickstart"
         )
-    content = json.loads(manifest.read_text(encoding="utf-8"))
+    try:
+        content = json.loads(manifest.read_text(encoding="utf-8"))
+        stages: dict[str, Any] = content["stages"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{manifest} is no run's manifest ({error!r}): run the same recipe again to mend it"
+        ) from None
     done = _done_report(directory, content)
-    stages: dict[str, Any] = content["stages"]
     inputs = {
         role: directory / stages[name]["folder"]
         for role, name in stages["report"]["inputs"].items()

@@ -47,6 +47,8 @@ def check_field_exists(where: FieldPath, data: Any, override: str) -> None:
     kinds: list[Any] = [Recipe]
     for depth, name in enumerate(where):
         known, free = _fields(kinds, data)
+        if depth == len(where) - 1 and not free:
+            free = _entries(kinds)  # a whole new one, such as domains.chemistry={...}
         if str(name) not in known and not free:
             hint = closest(name, known) or f"; known here: {', '.join(known) or 'nothing'}"
             raise RecipeError(
@@ -85,6 +87,12 @@ def _fields(kinds: list[Any], data: Any) -> tuple[dict[str, list[Any]], list[Any
         elif kind in (Any, dict):
             free.append(Any)
     return known, free
+
+
+def _entries(kinds: list[Any]) -> list[Any]:
+    """The types of what stands under freely chosen names, such as a domain."""
+    origins = [(get_origin(kind), get_args(kind)) for kind in _alternatives(kinds)]
+    return [args[1] for origin, args in origins if origin in (dict, Mapping)]
 
 
 def _alternatives(kinds: Iterable[Any]) -> Iterable[Any]:

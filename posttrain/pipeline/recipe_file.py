@@ -84,10 +84,15 @@ def first_error(error: ValidationError, source: Source) -> RecipeError:
     elif detail["type"] == "missing":
         message = REMEDIES["missing"]
     else:
-        remedy = REMEDIES.get(detail["type"], detail["msg"][:1].lower() + detail["msg"][1:])
-        message = f"found {shown(detail['input'])}, but {remedy}"
+        # a field that may be of several types has an error for each
+        remedies = [_remedy(other) for place, other in details if place == where]
+        message = f"found {shown(detail['input'])}, but {', or '.join(dict.fromkeys(remedies))}"
     others = len({w for w, _ in details if w != where[: len(w)]})
     return source.error(where, message + (f" (and {others} more to mend)" if others else ""))
+
+
+def _remedy(detail: ErrorDetails) -> str:
+    return REMEDIES.get(detail["type"], detail["msg"][:1].lower() + detail["msg"][1:])
 
 
 def _where(detail: ErrorDetails, data: Any) -> FieldPath:
@@ -98,7 +103,7 @@ def _where(detail: ErrorDetails, data: Any) -> FieldPath:
         inside = isinstance(data, dict) and item in data
         inside = inside or (isinstance(data, list) and isinstance(item, int))
         if inside:
-            found.append(item)
+            found.append(str(item) if isinstance(data, dict) else item)
             data = child(data, item)
         elif i == len(loc) - 1 and detail["type"] == "missing":
             found.append(item)

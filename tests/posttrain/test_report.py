@@ -104,6 +104,7 @@ def distilled(i: int, noise: Iterator[float]) -> dict[str, float]:
         figures[f"kl/{domain}"] = (0.4 + 0.3 * k) * math.exp(-i / 14 + 0.1 * next(noise)) + 0.01
         figures[f"entropy/{domain}"] = 0.1 + 0.05 * k + 0.6 * math.exp(-i / 20 + 0.1 * next(noise))
         figures[f"length/{domain}"] = 6.0 + 7 * k + next(noise)
+        figures[f"tokens/{domain}"] = 100.0 + k
     return figures
 
 
@@ -123,7 +124,8 @@ def make_run(folder: Path) -> dict[str, Path]:
         rise = [1 - math.exp(-i / 15) for i in range(50)]
         rewards = [min(1.0, start + (end - start) * r + 0.04 * next(noise)) for r in rise]
         stages[f"sft/{domain}"] = (sft, 6.0 + rank)
-        stages[f"grpo/{domain}"] = ([{"reward": r, "loss": 0.0} for r in rewards], 62.0 + 9 * rank)
+        steps = [{"reward": r, "loss": 0.0, "tokens": 41.0} for r in rewards]
+        stages[f"grpo/{domain}"] = (steps, 62.0 + 9 * rank)
     stages["grpo/code"][0][4]["grader_failures"] = 3.0
     kl = [distilled(i, noise) for i in range(60)]
     stages |= {"average": ([], 0.4), "ties": ([], 0.7), "opd": (kl, 101.3)}
@@ -187,6 +189,14 @@ def test_every_checkpoint_has_every_domain_and_the_macro(made: tuple[dict[str, A
         assert row[MACRO]["score"] == pytest.approx(
             np.mean([row[d]["score"] for d in DOMAINS]), abs=1e-6
         )
+
+
+def test_tokens_are_summed_over_steps_and_domains(made: tuple[dict[str, Any], str]) -> None:
+    tokens, page = made[0]["tokens"], made[1]
+    assert tokens["grpo/code"] == 50 * 41
+    assert tokens["opd"] == 60 * sum(100 + k for k in range(len(DOMAINS)))
+    assert set(tokens) == {"opd", *(f"grpo/{domain}" for domain in DOMAINS)}  # the others log none
+    assert "<span>2k</span>" in page
 
 
 def test_seconds_are_those_of_all_stages(made: tuple[dict[str, Any], str]) -> None:

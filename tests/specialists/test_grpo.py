@@ -163,6 +163,7 @@ def test_a_step_logs_what_its_rollouts_earned(
     assert record["reward_std"] == pytest.approx((1 / 6) ** 0.5 / 2)  # of the first group's, halved
     assert record["groups_without_spread"] == 0.5
     assert record["length"] == pytest.approx((3 + 3 + 3 + 2 + 2 + 2) / 6)
+    assert record["tokens"] == 3 + 3 + 3 + 2 + 2 + 2
     assert record["truncated"] == pytest.approx(1 / 6)
     assert record["grader_failures"] == record["tool_failures"] == 0
 

@@ -4,9 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 import yaml
+from huggingface_hub import HfApi, errors
 from pydantic import TypeAdapter
 from safetensors.numpy import save_file
 
@@ -138,6 +140,15 @@ def test_an_override_can_make_a_section_and_remove_one(tmp_path: Path) -> None:
     assert recipe.domains["letters"].sft is None
 
 
+def test_an_override_can_add_a_domain_and_a_teacher(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path)
+    domain = "domains.digits={data: {jsonl: rows.jsonl}, reward: exact, sft: {num_steps: 4}}"
+    recipe = load_recipe(str(path), [domain, "domains.digits.sft.num_steps=5"]).recipe
+    assert list(recipe.domains) == ["letters", "digits"]
+    assert recipe.domains["digits"].sft is not None
+    assert recipe.domains["digits"].sft.num_steps == 5
+
+
 def test_an_override_reaches_into_lists(tmp_path: Path) -> None:
     path = write_recipe(tmp_path)
     recipe = load_recipe(str(path), ["base.pretrain.mixture.0.weight=3"]).recipe
@@ -185,6 +196,9 @@ def test_an_override_of_no_field_is_refused(tmp_path: Path, override: str, said:
         ("my_rewards:letters", "mathmatics", 11, "domains.letters.reward", "mathematics"),
         ("my_rewards:letters", "my_rewards:lettres", 11, "domains.letters.reward", "lettres"),
         ("my_rewards:letters", "yours:letters", 11, "domains.letters.reward", "yours"),
+        ("my_rewards:letters", "[exact]", 11, "domains.letters.reward", "or a mapping of names"),
+        ("  letters:\n", "  5:\n", 8, "domains.5", "quote it if it looks like a number"),
+        ("num_steps: 2\n", "max_length: 5\n", 14, "domains.letters.sft.max_length", "has 11 tok"),
         ("jsonl: rows.jsonl\n", "jsonl: x.jsonl\n", 10, "domains.letters.data.jsonl", "x.jsonl"),
     ],
 )  # fmt: skip
@@ -335,6 +349,77 @@ def test_a_broken_checkpoint_is_named(tmp_path: Path, name: str, content: bytes,
     message = message_of(path, "base={path: teacher}")
     assert message.startswith("--set: base.path: ")
     assert said in message
+
+
+def answer(status: int, code: str = "") -> Any:
+    """The hub's, as huggingface_hub reads it."""
+    headers = {"X-Error-Code": code} if code else {}
+    return httpx.Response(status, headers=headers, request=httpx.Request("GET", "http://hub"))
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (errors.RepositoryNotFoundError("", response=answer(404)), "the hub has no {kind} 'a/b'"),
+        (errors.GatedRepoError("", response=answer(403)), "is gated"),
+        (errors.RevisionNotFoundError("", response=answer(404)), "no revision"),
+        (errors.HFValidationError("bad"), "is no name on the hub"),
+        (httpx.ConnectError("refused"), "was not downloaded before"),
+        (None, None),
+    ],
+)
+@pytest.mark.parametrize(
+    ("kind", "field", "override"),
+    [
+        ("model", "base.hub", "base={hub: a/b}"),
+        ("dataset", "domains.letters.data.hub", "domains.letters.data={hub: a/b}"),
+    ],
+)
+def test_what_the_hub_cannot_give_is_named_before_anything_runs(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    field: str,
+    override: str,
+    given: Exception | None,
+    said: str | None,
+) -> None:
+    def info(self: HfApi, name: str, **_: Any) -> None:
+        assert name == "a/b"
+        if given:
+            raise given
+
+    monkeypatch.setattr(HfApi, f"{kind}_info", info)
+    path = write_recipe(tmp_path)
+    if said is None:
+        checked(path, override)
+        return
+    message = message_of(path, override)
+    assert message.startswith(f"--set: {field}: ")
+    assert said.format(kind=kind) in message
+
+
+def test_what_was_downloaded_before_needs_no_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def info(*_: Any, **__: Any) -> None:
+        raise httpx.ConnectError("refused")
+
+    monkeypatch.setattr(HfApi, "model_info", info)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "cache" / "models--a--b" / "snapshots").mkdir(parents=True)
+    checked(write_recipe(tmp_path), "base={hub: a/b}")
+
+
+def test_a_job_cannot_take_gpus_that_are_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    path = write_recipe(tmp_path)
+    checked(path, "cluster.gpus_per_job=1")
+    message = message_of(path, "cluster.gpus_per_job=2")
+    assert message.startswith("--set: cluster.gpus_per_job: ")
+    assert "finds 1 on this machine" in message
 
 
 @pytest.mark.parametrize(
