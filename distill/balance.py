@@ -27,6 +27,9 @@ class Totals:
     num_rows: Tensor
     """Rows with a loss token, a scalar."""
 
+    num_inputs: Tensor
+    """Tokens that the student reads, prompts included, a scalar."""
+
 
 def token_weights(
     denominator: Denominator,

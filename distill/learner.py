@@ -16,6 +16,7 @@ from distill.batch import MicroBatch, ScoredExample, microbatches
 from distill.causal_lm import head_weight, hidden_states
 from distill.mesh import Mesh
 from distill.reverse_kl import reverse_kl
+from posttrain.backbone.auxiliary import scale_own_losses
 
 SUMS = ("kl", "entropy", "loss", "squared_gradient", "tokens")
 """What is summed over each domain's tokens."""
@@ -29,8 +30,10 @@ class Student(nn.Module):
         head_weight(model, name="the student")
         self.model = model
 
-    def forward(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
-        """Hidden states that predict the loss tokens (N, H), and the head (V, H)."""
+    def forward(self, batch: MicroBatch, share: Tensor) -> tuple[Tensor, Tensor]:
+        """Hidden states that predict the loss tokens (N, H), and the head (V, H). `share` of the
+        step's tokens are in this batch, times the ranks over which gradients are averaged."""
+        scale_own_losses(self.model, share)
         hidden_BSH = hidden_states(self.model, batch.input_ids_BS, batch.attention_mask_BS)
         head_VH = self.model.get_output_embeddings().weight
         # a view, so that DDP finds the head in the graph of this forward's outputs
@@ -92,12 +95,13 @@ class Learner:
         return {"grad_norm": grad_norm, **self._metrics(self.mesh.sum(sums_DK))}
 
     def _count(self, rows: Sequence[ScoredExample]) -> Totals:
-        """Loss tokens by domain, and rows, over all ranks."""
+        """Loss tokens by domain, rows, and all tokens, over all ranks."""
         counts = [0] * len(self.domains)
         for row in rows:
             counts[self.domains.index(row.example.domain)] += len(row.example.positions)
-        total = self.mesh.sum(self._tensor([*counts, len(rows)]))
-        return Totals(tokens_D=total[:-1], num_rows=total[-1])
+        num_inputs = sum(len(row.example.input_ids) for row in rows)
+        total = self.mesh.sum(self._tensor([*counts, len(rows), num_inputs]))
+        return Totals(tokens_D=total[:-2], num_rows=total[-2], num_inputs=total[-1])
 
     def _learn(self, batch: MicroBatch, totals: Totals) -> Tensor:
         """Forward, loss and backward of one micro-batch; its sums by domain, (D, K)."""
@@ -108,7 +112,8 @@ class Learner:
             share_D=self.share_D,
             totals=totals,
         )
-        hidden_NH, head_VH = self.student(batch)
+        share = batch.attention_mask_BS.sum() / totals.num_inputs * self.mesh.size
+        hidden_NH, head_VH = self.student(batch, share.float())
         hidden_NH.retain_grad()
         kls = [
             reverse_kl(

@@ -1,8 +1,9 @@
 """V4 attention: one softmax over [window keys | compressed entries | sink], one shared key = value
 head.
 
-Legend: T tokens, D documents, L tokens of the longest, E entries, K keys (L + E + the sink), h
-heads, d head size. Dense masks here: memory grows as L squared."""
+Legend: T tokens, D documents (of a group of like ones), L tokens of the longest, J window keys, E
+entries, h heads, d head size, X projected channels of a compressor.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +14,12 @@ import torch
 from torch import Tensor
 from transformers.models.deepseek_v4 import modeling_deepseek_v4 as stock
 
-from posttrain.backbone import indexer
+from posttrain.backbone import indexer, past, tiles
+from posttrain.backbone.auxiliary import attach
 from posttrain.backbone.cache import V4Cache
-from posttrain.backbone.compressor import compress
-from posttrain.backbone.rope import rotate
-from posttrain.backbone.segments import Documents
+from posttrain.backbone.compressor import compress, compress_on, is_overlapping
+from posttrain.backbone.rope import rotate, rotations
+from posttrain.backbone.segments import Documents, Rows
 
 
 @dataclass(frozen=True)
@@ -27,82 +29,158 @@ class Context:
     documents: Documents
     rotation_T: dict[str, Tensor]
     """By rope type ("main", "compress"): each token's rotation (T, r/2)."""
-    rotation_L: dict[str, Tensor]
-    """The same by position (L, r/2): entry w of rate m stands at position m * w."""
+    inv_freq: Tensor
+    """Of the compressed layers' RoPE, for the entries."""
+    scaling: float
     window: int
     cache: V4Cache | None = None
-    slots: Tensor | None = None
-    masks: dict[tuple[str, int], Tensor] = field(default_factory=dict[tuple[str, int], Tensor])
+    slot_D: Tensor | None = None
+    """The cache's slot of each document."""
+    longest_start: int = 0
+    """The most tokens that any slot holds already."""
+    indexer_loss_scale: float | Tensor | None = None
+    """The gradient of each layer's indexer loss, a mean over tokens; None: it is not wanted."""
+    is_indexer_warmup: bool = False
+    """Attend to all visible entries: the indexer learns from dense attention first."""
+    _rotation_E: dict[tuple[int, int], Tensor] = field(
+        default_factory=dict[tuple[int, int], Tensor]
+    )
 
-    def window_mask(self) -> Tensor:
-        """(L, L): key j is seen by query i iff i - window < j <= i."""
-        if ("window", 0) not in self.masks:
-            place = torch.arange(self.documents.shape[1], device=self.documents.token_T.device)
-            distance = place[:, None] - place
-            self.masks["window", 0] = (distance >= 0) & (distance < self.window)
-        return self.masks["window", 0]
-
-    def entry_mask(self, rate: int) -> Tensor:
-        """(L, E): entry w is seen by query t iff w < (t + 1) // rate."""
-        if ("entries", rate) not in self.masks:
-            length = self.documents.shape[1]
-            place = torch.arange(length, device=self.documents.token_T.device)
-            self.masks["entries", rate] = place[: length // rate] < (place[:, None] + 1) // rate
-        return self.masks["entries", rate]
+    def entry_rotation(self, rate: int, num_entries: int, start_D: Tensor | None) -> Tensor:
+        """Rotations of entries by their windows' first positions: (E, r/2), or (D, E, r/2) from
+        the window on that is open after `start_D` tokens."""
+        if start_D is not None:
+            entry_E = torch.arange(num_entries, device=start_D.device)
+            position_DE = (start_D // rate)[:, None] + entry_E
+            return rotations(self.inv_freq, position_DE * rate, self.scaling)
+        if (rate, num_entries) not in self._rotation_E:
+            position_E = torch.arange(num_entries, device=self.inv_freq.device) * rate
+            table = rotations(self.inv_freq, position_E, self.scaling)
+            self._rotation_E[rate, num_entries] = table
+        return self._rotation_E[rate, num_entries]
 
 
 class V4Attention(stock.DeepseekV4Attention):
     """Stock's parameters over flat tokens and documents."""
 
     def forward(self, x_TH: Tensor, context: Context) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """x (T, H) -> (T, H)."""
-        documents, rotation = (
-            context.documents,
-            context.rotation_T[self.rope_layer_type].unsqueeze(1),
-        )
+        """x (T, H) -> (T, H), the indexer's loss attached where it is wanted."""
+        documents = context.documents
+        rotation = context.rotation_T[self.rope_layer_type].unsqueeze(1)
         latent_TR, q_Thd = project_queries(self, x_TH, rotation)
-        kv_DLd = documents.to_rows(rotate(self.kv_norm(self.kv_proj(x_TH)), rotation.squeeze(1)))
-        visible = context.window_mask()
-        if context.cache is not None and context.slots is not None:
-            context.cache.store_window(self.layer_idx, context.slots, kv_DLd, documents.length_D)
-        if self.compressor is not None:
-            entry_DEd, seen = self._entries(x_TH, latent_TR, context)
-            kv_DLd = torch.cat([kv_DLd, entry_DEd], dim=1)
-            visible = torch.cat([visible.expand(*seen.shape[:-2], -1, -1), seen], dim=-1)
-        out_DLhd = attend(documents.to_rows(q_Thd), kv_DLd, visible, self.sinks, self.scaling)
-        return project_output(self, documents.to_flat(out_DLhd), rotation)
-
-    def _entries(self, x_TH: Tensor, latent_TR: Tensor, context: Context) -> tuple[Tensor, Tensor]:
-        """The layer's compressed entries (D, E, d) and which queries see them, (L, E) or (D, L,
-        E)."""
-        compressor: Any = self.compressor
-        entry_DEd = self._compress("compressor", compressor, x_TH, context)
-        visible_LE = context.entry_mask(compressor.compress_rate)
-        if not hasattr(compressor, "indexer"):
-            return entry_DEd, visible_LE
-        key_DEc = self._compress("indexer", compressor.indexer, x_TH, context)
-        if key_DEc.shape[1] <= compressor.indexer.index_topk:
-            return entry_DEd, visible_LE  # all of them fit: the scores cannot change the choice
-        documents = context.documents
-        query = indexer.queries(compressor.indexer, latent_TR, context.rotation_T["compress"])
-        with torch.no_grad():
-            score_DLE = indexer.scores(
-                compressor.indexer, documents.to_rows(x_TH), documents.to_rows(query), key_DEc
+        kv_Td = rotate(self.kv_norm(self.kv_proj(x_TH)), rotation.squeeze(1))
+        compressed = self._compressed(x_TH, context)
+        index = self._index(x_TH, latent_TR, compressed, context)
+        outs: list[Tensor] = []
+        losses: list[Tensor] = []
+        for group, rows in enumerate(documents.groups):
+            window_DJd, num_past = self._window(rows, rows.of(kv_Td), context)
+            out, loss = tiles.attend(
+                rows.of(q_Thd),
+                window_DJd,
+                compressed[group]["compressor"] if compressed else None,
+                self.sinks,
+                scale=self.scaling,
+                layout=tiles.Layout(
+                    rows.length_D,
+                    rows.start_D,
+                    context.longest_start,
+                    context.window,
+                    num_past,
+                    self.compressor.compress_rate if self.compressor is not None else 0,
+                ),
+                index=index[group] if index else None,
             )
-        return entry_DEd, indexer.select(score_DLE, visible_LE, compressor.indexer.index_topk)
+            outs.append(out)
+            losses += [loss] if loss is not None else []
+        out_TH = project_output(self, documents.merge(outs), rotation)
+        if not losses or context.indexer_loss_scale is None:
+            return out_TH
+        return attach(out_TH, losses, context.indexer_loss_scale / len(x_TH))
 
-    def _compress(self, name: str, module: Any, x_TH: Tensor, context: Context) -> Tensor:
-        documents = context.documents
-        kv_DLX = documents.to_rows(module.kv_proj(x_TH))
-        gate_DLX = documents.to_rows(module.gate_proj(x_TH))
+    def _window(self, rows: Rows, kv_DLd: Tensor, context: Context) -> tuple[Tensor, int]:
+        """The keys of the windows (D, J, d), those of a cache first, and how many these are."""
+        if context.cache is None or context.slot_D is None:
+            return kv_DLd, 0
+        ring = context.cache.window_BWd[self.layer_idx]
+        slots, start_D, num_past = context.slot_D[rows.document_D], rows.start_D, 0
+        window_DJd = kv_DLd
+        if start_D is not None:
+            num_past = context.window - 1
+            window_DJd = torch.cat([past.before(ring, slots, start_D, num_past), kv_DLd], dim=1)
+        start_D = torch.zeros_like(rows.length_D) if start_D is None else start_D
+        past.keep(ring, slots, kv_DLd, start_D, rows.length_D)
+        return window_DJd, num_past
+
+    def _compressed(self, x_TH: Tensor, context: Context) -> list[dict[str, Tensor]]:
+        """For each group its entries by store name: "compressor", and the "indexer"'s keys."""
+        if self.compressor is None:
+            return []
+        modules: dict[str, Any] = {"compressor": self.compressor}
+        if hasattr(self.compressor, "indexer"):
+            modules["indexer"] = self.compressor.indexer
+        found: list[dict[str, Tensor]] = [{} for _ in context.documents.groups]
+        for name, module in modules.items():
+            x = x_TH.detach() if name == "indexer" else x_TH
+            kv_TX, gate_TX = module.kv_proj(x), module.gate_proj(x)
+            for entries, rows in zip(found, context.documents.groups, strict=True):
+                entries[name] = self._compress(
+                    name, module, rows, rows.of(kv_TX), rows.of(gate_TX), context
+                )
+        return found
+
+    def _compress(
+        self, name: str, module: Any, rows: Rows, kv_DLX: Tensor, gate_DLX: Tensor, context: Context
+    ) -> Tensor:
+        """All entries of a group's documents (D, E, C), those of a cache in front."""
         rate = module.compress_rate
-        num_entries = documents.shape[1] // rate
-        start_E = context.rotation_L["compress"][: num_entries * rate : rate]
-        entry_DEC = compress(module, kv_DLX, gate_DLX, start_E)
-        if context.cache is not None and context.slots is not None:
-            store = context.cache.compressed(self.layer_idx, name)
-            store.store(context.slots, kv_DLX, gate_DLX, entry_DEC, documents.length_D)
-        return entry_DEC
+        cache, slot_D = context.cache, context.slot_D
+        if cache is None or slot_D is None or rows.start_D is None:
+            rotation = context.entry_rotation(rate, kv_DLX.shape[1] // rate, None)
+            entry_DEC = compress(module, kv_DLX, gate_DLX, rotation)
+            if cache is None or slot_D is None:
+                return entry_DEC
+        else:
+            entry_DEC = torch.empty(0)
+        store, slots = cache.compressed(self.layer_idx, name), slot_D[rows.document_D]
+        start_D = torch.zeros_like(rows.length_D) if rows.start_D is None else rows.start_D
+        if rows.start_D is not None:
+            num_before = 2 * rate if is_overlapping(module, kv_DLX) else rate
+            kv = torch.cat([past.before(store.kv_BRX, slots, start_D, num_before), kv_DLX], dim=1)
+            gate_before = past.before(store.gate_BRX, slots, start_D, num_before)
+            gate = torch.cat([gate_before, gate_DLX], dim=1)
+            most = past.most_new_entries(start_D, rows.length_D, rate)
+            rotation = context.entry_rotation(rate, most, start_D)
+            entry_DEC = compress_on(module, kv, gate, start_D, rotation)
+        past.keep(store.kv_BRX, slots, kv_DLX, start_D, rows.length_D)
+        past.keep(store.gate_BRX, slots, gate_DLX, start_D, rows.length_D)
+        past.keep_entries(store, slots, entry_DEC, start_D, rows.length_D)
+        if rows.start_D is None:
+            return entry_DEC
+        return store.entry_BEC[slots, : (context.longest_start + kv_DLX.shape[1]) // rate]
+
+    def _index(
+        self,
+        x_TH: Tensor,
+        latent_TR: Tensor,
+        compressed: list[dict[str, Tensor]],
+        context: Context,
+    ) -> list[indexer.Index]:
+        """The indexer's view of each group; none where nothing depends on it."""
+        module: Any = getattr(self.compressor, "indexer", None)
+        if module is None:
+            return []
+        most = max(entries["indexer"].shape[1] for entries in compressed)
+        wants_loss = context.indexer_loss_scale is not None and most > 0
+        if most <= module.index_topk and not wants_loss:
+            return []  # all of them fit: the scores cannot change the choice
+        query = indexer.queries(module, latent_TR.detach(), context.rotation_T["compress"])
+        weight = indexer.head_weights(module, x_TH.detach())
+        top_k = most if context.is_indexer_warmup else module.index_topk
+        return [
+            indexer.Index(rows.of(query), entries["indexer"], rows.of(weight), top_k, wants_loss)
+            for rows, entries in zip(context.documents.groups, compressed, strict=True)
+        ]
 
 
 def project_queries(attention: Any, x: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:
@@ -121,21 +199,7 @@ def project_output(attention: Any, out: Tensor, rotation: Tensor) -> Tensor:
 
 
 def attend(q_DLhd: Tensor, kv_DKd: Tensor, visible: Tensor, sink_h: Tensor, scale: float) -> Tensor:
-    """(D, L, h, d). `visible` is (L, K) or (D, L, K); the sink takes its share of the softmax and
-    gives nothing: a zero key at the end, whose logit is the sink's."""
-    docs, length, heads, size = q_DLhd.shape
-    visible = visible.expand(1, -1, -1) if visible.dim() == 2 else visible
-    mask = torch.zeros_like(visible, dtype=torch.float32).masked_fill_(~visible, float("-inf"))
-    bias = torch.cat(
-        [
-            mask.unsqueeze(2).expand(-1, -1, heads, -1),
-            sink_h.float().view(1, 1, heads, 1).expand(*mask.shape[:2], -1, -1),
-        ],
-        dim=-1,
-    )
-    keys = torch.cat([kv_DKd, kv_DKd.new_zeros(docs, 1, size)], dim=1)
-    logits = torch.baddbmm(
-        bias.flatten(1, 2).to(q_DLhd.dtype), q_DLhd.flatten(1, 2), keys.transpose(1, 2), alpha=scale
-    )
-    weights = logits.softmax(dim=-1, dtype=torch.float32).to(keys.dtype)
-    return torch.bmm(weights, keys).view(docs, length, heads, size)
+    """(D, L, h, d) of queries (D, L, h, d) over keys (D, K, d) under a mask (L, K) or (D, L, K)."""
+    mask = visible.expand(1, -1, -1) if visible.dim() == 2 else visible
+    share = tiles.weights(q_DLhd, [(kv_DKd, mask)], sink_h, scale)[0]
+    return tiles.combine(share.to(kv_DKd.dtype), kv_DKd)

@@ -7,7 +7,8 @@ previous window's first series (Ca) and this window's second (Cb), so neighbouri
 The first window has no previous one. Query t sees entry w iff w < (t + 1) // m; trailing tokens
 make no entry.
 
-Legend: D documents, L tokens, E entries, m compression rate, C channels of an entry.
+Legend: D documents, L tokens, E entries, m compression rate, C channels of an entry, X projected
+channels: C for HCA, 2C for CSA and its indexer (Ca, Cb side by side).
 """
 
 from __future__ import annotations
@@ -21,18 +22,56 @@ from posttrain.backbone.rope import rotate
 
 
 def compress(module: Any, kv_DLX: Tensor, gate_DLX: Tensor, rotation_E: Tensor) -> Tensor:
-    """Entries (D, E, C), E = L // m, from projected values and gates.
+    """Entries (D, E, C), E = L // m, of whole documents, from projected values and gates.
 
-    X is C for HCA and 2C for CSA and its indexer (Ca, Cb side by side). `rotation_E` (E, r/2) are
-    the RoPE rotations of the windows' first positions."""
+    `rotation_E` (E, r/2) are the RoPE rotations of the windows' first positions."""
     rate = module.compress_rate
     num_entries = kv_DLX.shape[1] // rate
     kv = kv_DLX[:, : num_entries * rate].unflatten(1, (num_entries, rate)).float()
     gate = gate_DLX[:, : num_entries * rate].unflatten(1, (num_entries, rate)).float()
     gate = gate + module.position_bias
-    if kv.shape[-1] == 2 * module.head_dim:
+    if is_overlapping(module, kv_DLX):
         kv, gate = overlap(kv, 0.0), overlap(gate, float("-inf"))
     return finish(module, kv, gate, rotation_E).to(kv_DLX.dtype)
+
+
+def compress_on(
+    module: Any, kv_DNX: Tensor, gate_DNX: Tensor, start_D: Tensor, rotation_DE: Tensor
+) -> Tensor:
+    """Entries (D, E, C) that new tokens complete, after `start_D` tokens of each document.
+
+    Args:
+        kv_DNX, gate_DNX: projections of R tokens before the new ones (R = m for HCA, 2m for CSA),
+            then of the new ones, oldest first; what stands before a document counts for nothing.
+        rotation_DE: (D, E, r/2), of the windows' first positions; E is the most that any row
+            completes, and what a row does not complete is not to be used.
+    """
+    rate, device = module.compress_rate, kv_DNX.device
+    has_previous = is_overlapping(module, kv_DNX)
+    num_before = 2 * rate if has_previous else rate
+    slots = 2 * rate if has_previous else rate
+    window_E = torch.arange(rotation_DE.shape[1], device=device) * rate
+    slot = torch.arange(slots, device=device) - (slots - rate)
+    # where each window's slots stand: the open window began start % m tokens before the new ones
+    place_DEs = (num_before - start_D % rate)[:, None, None] + window_E[:, None] + slot
+    is_real = place_DEs + (start_D[:, None, None] - num_before) >= 0
+    place = place_DEs.clamp(max=kv_DNX.shape[1] - 1)
+    row = torch.arange(len(kv_DNX), device=device)[:, None, None]
+    kv, gate = kv_DNX[row, place].float(), gate_DNX[row, place].float()
+    bias = module.position_bias
+    if has_previous:
+        size = module.head_dim
+        kv, gate = (
+            torch.cat([x[:, :, :rate, :size], x[:, :, rate:, size:]], dim=2) for x in (kv, gate)
+        )
+        bias = torch.cat([bias[:, :size], bias[:, size:]], dim=0)
+    gate = (gate + bias).masked_fill(~is_real.unsqueeze(-1), float("-inf"))
+    return finish(module, kv, gate, rotation_DE).to(kv_DNX.dtype)
+
+
+def is_overlapping(module: Any, kv: Tensor) -> bool:
+    """Whether projections (..., X) are of two series, as CSA's are."""
+    return kv.shape[-1] == 2 * module.head_dim
 
 
 def overlap(x_DEmX: Tensor, fill: float) -> Tensor:

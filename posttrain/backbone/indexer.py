@@ -1,16 +1,60 @@
 """The lightning indexer (V4 report 2.3.1 eqs. 13-17): the entries a CSA query attends to.
 
-score[t, e] = sum_h w[t, h] relu(q[t, h] . k[e]) / sqrt(c), w = W x / sqrt(heads); the top-k
-visible entries stay."""
+    score[t, e] = sum_h w[t, h] relu(q[t, h] . k[e]),   w = W x / sqrt(c heads)
+
+The top-k visible entries stay; ties go to the lowest entry, so that prefill, decode and padded
+runs choose alike. The choice has no gradient: the indexer learns from its own loss alone (V3.2
+report 2.1), whose input is detached,
+
+    loss = 1/T sum_t KL(p_t || softmax(score_t)) over the chosen entries of all T tokens,
+
+p_t being the layer's attention, one softmax over window, entries and sink, summed over heads,
+restricted to those entries and normalised once.
+
+Legend: D documents, Q queries, E entries, K chosen ones, h heads, c head size.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from posttrain.backbone.rope import rotate
+
+BLOCK = 4096
+"""Entries scored at once where no gradient is wanted."""
+
+
+@dataclass(frozen=True)
+class Index:
+    """The indexer's view of one group of documents."""
+
+    query: Tensor
+    """(D, L, h, c), rotated."""
+    key: Tensor
+    """(D, E, c)."""
+    weight: Tensor
+    """(D, L, h), scaled."""
+    top_k: int
+    wants_loss: bool
+
+    def scores(self, first: int, end: int, num_entries: int) -> Tensor:
+        """(D, Q, num_entries) without gradients, in blocks of entries."""
+        with torch.no_grad():
+            query, weight = self.query[:, first:end], self.weight[:, first:end]
+            blocks = self.key[:, :num_entries].split(BLOCK, dim=1)
+            return torch.cat([weigh(query, block, weight) for block in blocks], dim=-1)
+
+    def chosen_scores(self, first: int, end: int, key: Tensor) -> Tensor:
+        """(D, Q, K) of the keys (D, K, c) or (D, Q, K, c), with gradients."""
+        return weigh(self.query[:, first:end], key, self.weight[:, first:end])
+
+    def zero_gradients(self) -> list[Tensor]:
+        """Where the gradients of query, key and weight are gathered."""
+        return [torch.zeros_like(x) for x in (self.query, self.key, self.weight)]
 
 
 def queries(indexer: Any, q_latent: Tensor, rotation: Tensor) -> Tensor:
@@ -19,22 +63,86 @@ def queries(indexer: Any, q_latent: Tensor, rotation: Tensor) -> Tensor:
     return rotate(q, rotation.unsqueeze(-2))
 
 
+def head_weights(indexer: Any, x: Tensor) -> Tensor:
+    """The heads' weights (..., h) of tokens (..., H), scaled, at least float32."""
+    scorer = indexer.scorer
+    weight = scorer.weights_proj(x)
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    return weight.to(wide) * (scorer.weights_scaling * scorer.softmax_scale)
+
+
+def weigh(query_DQhc: Tensor, key: Tensor, weight_DQh: Tensor) -> Tensor:
+    """(D, Q, K), at least float32, of keys (D, K, c), or of each query's own (D, Q, K, c)."""
+    wide = weight_DQh.dtype
+    query, key = query_DQhc.to(wide), key.to(wide)
+    if key.dim() == 3:
+        similarity = torch.bmm(query.flatten(1, 2), key.transpose(1, 2)).relu()
+        similarity = similarity.unflatten(1, query.shape[1:3])
+    else:
+        similarity = (query @ key.transpose(-1, -2)).relu()
+    return (weight_DQh.unsqueeze(-2) @ similarity).squeeze(-2)
+
+
 def scores(indexer: Any, x_DLH: Tensor, q_DLhc: Tensor, key_DEc: Tensor) -> Tensor:
     """(D, L, E) in float32."""
-    scorer = indexer.scorer
-    similarity = torch.einsum("dlhc,dec->dlhe", q_DLhc.float(), key_DEc.float()).relu()
-    weight_DLh = scorer.weights_proj(x_DLH).float() * (
-        scorer.weights_scaling * scorer.softmax_scale
-    )
-    return torch.einsum("dlhe,dlh->dle", similarity, weight_DLh)
+    return weigh(q_DLhc, key_DEc, head_weights(indexer, x_DLH))
 
 
 def select(score_DLE: Tensor, visible_LE: Tensor, top_k: int) -> Tensor:
-    """True for each query's `top_k` best visible entries (D, L, E); ties go to the lowest index.
-
-    A stable sort keeps ties in order; `topk` does not, and its order depends on E.
-    """
+    """True for each query's `top_k` best visible entries (D, L, E); ties go to the lowest index."""
     score_DLE = score_DLE.masked_fill(~visible_LE, float("-inf"))
-    best = score_DLE.sort(dim=-1, descending=True, stable=True).indices[..., :top_k]
-    chosen = torch.zeros_like(score_DLE, dtype=torch.bool).scatter_(-1, best, value=True)
-    return chosen & visible_LE
+    return top_k_mask(score_DLE, top_k) & visible_LE
+
+
+def top_k_mask(score_DQE: Tensor, top_k: int) -> Tensor:
+    """True for the `top_k` highest of each query; of equal ones the lowest entries."""
+    if score_DQE.shape[-1] <= top_k:
+        return torch.ones_like(score_DQE, dtype=torch.bool)
+    least = score_DQE.topk(top_k, dim=-1, sorted=False).values.amin(-1, keepdim=True)
+    is_above, is_tied = score_DQE > least, score_DQE == least
+    room = top_k - is_above.sum(-1, keepdim=True)
+    return is_above | (is_tied & (is_tied.cumsum(-1, dtype=torch.int32) <= room))
+
+
+def numbers(is_chosen_DQE: Tensor, top_k: int) -> Tensor:
+    """The chosen entries' numbers in ascending order (D, Q, top_k) int64; -1 where there are
+    fewer."""
+    flat = is_chosen_DQE.flatten(0, 1)
+    row, entry = flat.nonzero().unbind(-1)
+    count = flat.sum(-1)
+    place = torch.arange(len(row), device=row.device) - (count.cumsum(0) - count)[row]
+    found = torch.full((len(flat), top_k), -1, device=row.device)
+    found[row, place] = entry
+    return found.unflatten(0, is_chosen_DQE.shape[:2])
+
+
+def loss(score_DQK: Tensor, share_DQhK: Tensor, mask: Tensor, has_query_DQ: Tensor) -> Tensor:
+    """sum over queries of KL(p || softmax(score)), a scalar.
+
+    Args:
+        score_DQK: with gradients, if need be.
+        share_DQhK: the attention's weights of the entries.
+        mask: (D or 1, Q, K), the chosen entries.
+        has_query_DQ: the queries that count.
+    """
+    target, logp_DQK = _target(share_DQhK), _logp(score_DQK, mask)
+    kl_DQ = (torch.special.xlogy(target, target) - target * logp_DQK).sum(-1)
+    return kl_DQ.masked_fill(~has_query_DQ, 0.0).sum()
+
+
+def loss_gradient(
+    score_DQK: Tensor, share_DQhK: Tensor, mask: Tensor, has_query_DQ: Tensor
+) -> Tensor:
+    """The gradient of `loss` to the scores (D, Q, K): softmax(score) - p."""
+    grad = _logp(score_DQK, mask).exp() - _target(share_DQhK)
+    return grad.masked_fill(~(mask & has_query_DQ.unsqueeze(-1)), 0.0)
+
+
+def _target(share_DQhK: Tensor) -> Tensor:
+    target = share_DQhK.detach().sum(2)
+    return target / target.sum(-1, keepdim=True).clamp(min=torch.finfo(target.dtype).tiny)
+
+
+def _logp(score_DQK: Tensor, mask: Tensor) -> Tensor:
+    lowest = torch.finfo(score_DQK.dtype).min
+    return score_DQK.masked_fill(~mask, lowest).log_softmax(-1)

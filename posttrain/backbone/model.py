@@ -26,7 +26,7 @@ from posttrain.backbone.decode import DecodeContext, decode_attention
 from posttrain.backbone.experts import V4SparseMoeBlock, balanced_hash_table
 from posttrain.backbone.hyper_connections import V4HyperConnection, mix
 from posttrain.backbone.rope import rotations
-from posttrain.backbone.segments import find_documents
+from posttrain.backbone.segments import Documents, continued, find_documents
 
 
 class V4DecoderLayer(stock.DeepseekV4DecoderLayer):
@@ -56,9 +56,8 @@ class V4DecoderLayer(stock.DeepseekV4DecoderLayer):
             out = self.self_attn(normed, context)
         x_TNH = mix(x_TNH, out, post, comb)
         post, comb, collapsed = self.ffn_hc(x_TNH)
-        return mix(
-            x_TNH, self.mlp(self.post_attention_layernorm(collapsed), token_id_T), post, comb
-        )
+        out = self.mlp(self.post_attention_layernorm(collapsed), token_id_T)
+        return mix(x_TNH, out, post, comb)
 
 
 class V4PreTrainedModel(stock.DeepseekV4PreTrainedModel):
@@ -97,6 +96,9 @@ class V4Model(V4PreTrainedModel, stock.DeepseekV4Model):
         self.rotary_emb = stock.DeepseekV4RotaryEmbedding(config)
         self.hc_head = stock.DeepseekV4HyperHead(config)
         self.gradient_checkpointing = False
+        self.auxiliary_scale: float | Tensor = 1.0
+        """The gradient of the layers' own losses, each a mean over a forward's tokens: a trainer
+        that accumulates micro-batches sets it to this one's share of the step's tokens."""
         self.post_init()
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -117,7 +119,7 @@ class V4Model(V4PreTrainedModel, stock.DeepseekV4Model):
             attention_mask: (B, S), 1 at tokens; padding may stand anywhere.
             position_ids: (B, S) or (1, S); a new document wherever they do not count up by one.
             inputs_embeds: (B, S, H), instead of the embedding; hash layers still need `input_ids`.
-            past_key_values: a `V4Cache` to fill with whole documents, one for each of `slots`.
+            past_key_values: a `V4Cache`; the documents go on where its `slots` end, one each.
             slots: (B,) int64, the cache's slots.
 
         Raises:
@@ -134,36 +136,74 @@ class V4Model(V4PreTrainedModel, stock.DeepseekV4Model):
         documents = find_documents(
             shape, embeds.device, attention_mask=attention_mask, position_ids=position_ids
         )
-        place_L = torch.arange(documents.shape[1], device=embeds.device)
-        rotation_L = {name: self._rotations(name, place_L) for name in ("main", "compress")}
-        context = Context(
-            documents,
-            {name: table[documents.position_T] for name, table in rotation_L.items()},
-            rotation_L,
-            self.config.sliding_window,
-            past_key_values,
-            slots,
-        )
+        context = self._context(documents, past_key_values, slots)
         hidden_TH = self._layers(
             embeds.flatten(0, 1)[documents.token_T], token_ids.flatten()[documents.token_T], context
         )
         return MoeModelOutputWithPast(last_hidden_state=documents.to_batch(hidden_TH, shape))  # pyright: ignore[reportArgumentType]
 
+    def _context(
+        self, documents: Documents, cache: V4Cache | None, slot_D: Tensor | None
+    ) -> Context:
+        """What the layers share; with a cache, the documents go on from what their slots hold."""
+        longest = 0
+        if cache is not None and slot_D is not None:
+            start_D = cache.length_B[slot_D]
+            longest = int(start_D.max()) if len(start_D) else 0
+            documents = continued(documents, start_D) if longest else documents
+        trains = self.training and torch.is_grad_enabled() and cache is None
+        weight = self.config.indexer_loss_weight
+        return Context(
+            documents,
+            {name: self._rotations(name, documents.position_T) for name in ("main", "compress")},
+            cast("Tensor", self.rotary_emb.compress_inv_freq),
+            cast("float", self.rotary_emb.compress_attention_scaling),
+            self.config.sliding_window,
+            cache,
+            slot_D,
+            longest_start=longest,
+            indexer_loss_scale=weight * self.auxiliary_scale if trains and weight else None,
+            is_indexer_warmup=self.config.indexer_warmup,
+        )
+
     @torch.no_grad()
     def prefill(
-        self, sequences: Sequence[Sequence[int]], cache: V4Cache, slots: Sequence[int]
+        self,
+        sequences: Sequence[Sequence[int]],
+        cache: V4Cache,
+        slots: Sequence[int],
+        *,
+        chunk: int = 8192,
     ) -> Tensor:
-        """Take whole prompts into their slots; the last token's hidden state of each,
-        (len(sequences), H)."""
-        device, longest = self.embed_tokens.weight.device, max(len(ids) for ids in sequences)
-        ids = torch.tensor([[*s, *[0] * (longest - len(s))] for s in sequences], device=device)
-        length = torch.tensor([len(s) for s in sequences], device=device)
+        """Take whole prompts into their slots, `chunk` tokens of each at a time; the last token's
+        hidden state of each, (len(sequences), H)."""
+        device = self.embed_tokens.weight.device
+        lengths = [len(ids) for ids in sequences]
+        cache.length_B[torch.tensor(slots, device=device)] = 0
+        cache.reserve(max(lengths))
+        last = self.embed_tokens.weight.new_zeros(len(sequences), self.config.hidden_size)
+        for first in range(0, max(lengths), chunk):
+            rows = [row for row, length in enumerate(lengths) if length > first]
+            parts = [list(sequences[row][first : first + chunk]) for row in rows]
+            hidden = self.extend(parts, cache, [slots[row] for row in rows])
+            last[torch.tensor(rows, device=device)] = hidden
+        return last
+
+    @torch.no_grad()
+    def extend(
+        self, parts: Sequence[Sequence[int]], cache: V4Cache, slots: Sequence[int]
+    ) -> Tensor:
+        """Put further tokens behind what the slots hold; the last one's hidden state of each,
+        (len(parts), H)."""
+        device, longest = self.embed_tokens.weight.device, max(len(ids) for ids in parts)
+        ids = torch.tensor([[*s, *[0] * (longest - len(s))] for s in parts], device=device)
+        length = torch.tensor([len(s) for s in parts], device=device)
         mask = torch.arange(longest, device=device) < length[:, None]
         slot = torch.tensor(slots, device=device)
-        cache.reserve(longest)
+        cache.reserve(int((cache.length_B[slot] + length).max()))
         hidden = self(ids, attention_mask=mask, past_key_values=cache, slots=slot).last_hidden_state
-        cache.length_B[slot] = length
-        return hidden[torch.arange(len(sequences), device=device), length - 1]
+        cache.length_B[slot] += length
+        return hidden[torch.arange(len(parts), device=device), length - 1]
 
     @torch.no_grad()
     def decode(self, token_B: Tensor, cache: V4Cache, is_live_B: Tensor) -> Tensor:
@@ -209,6 +249,11 @@ class V4Model(V4PreTrainedModel, stock.DeepseekV4Model):
         return self.embed_tokens(input_ids) if embeds is None else embeds, input_ids
 
 
+DEFAULTS: dict[str, Any] = {"indexer_loss_weight": 1.0, "indexer_warmup": False}
+"""Fields that our config has beside the stock one's. `indexer_warmup`: attention sees all entries
+and the indexer learns from it, before it chooses (V3.2 report 2.1.1)."""
+
+
 class V4ForCausalLM(V4PreTrainedModel, stock.DeepseekV4ForCausalLM):
     """`AutoModelForCausalLM` gives this class for deepseek_v4 once `posttrain.backbone` is
     imported."""
@@ -221,6 +266,8 @@ class V4ForCausalLM(V4PreTrainedModel, stock.DeepseekV4ForCausalLM):
         config.router_aux_loss_coef = 0.0  # Switch's loss over raw logits, not V4's
         config.num_experts = config.n_routed_experts  # the name TRL reads
         config.use_cache = False
+        for name, value in DEFAULTS.items():
+            setattr(config, name, getattr(config, name, value))
         super(stock.DeepseekV4ForCausalLM, self).__init__(config)
         self.model = V4Model(config)
         self.vocab_size = config.vocab_size

