@@ -17,7 +17,7 @@ install: .venv/.installed
 	@start=$$(date +%s); \
 	{ [ -x $(BIN)/python ] || $(PYTHON) -m venv .venv; } && \
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-		-c constraints.txt -e '.[dev]' && \
+		-c constraints.txt -e '.[dev,interpreter]' && \
 	touch $@ && \
 	echo "posttrain: installed in $$(( $$(date +%s) - start )) s"
 

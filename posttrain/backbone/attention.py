@@ -18,7 +18,9 @@ from posttrain.backbone import indexer, past, tiles
 from posttrain.backbone.auxiliary import attach
 from posttrain.backbone.cache import V4Cache
 from posttrain.backbone.compressor import compress, compress_on, is_overlapping
+from posttrain.backbone.kernels import use_kernels
 from posttrain.backbone.rope import rotate, rotations
+from posttrain.backbone.routing import RouteTape
 from posttrain.backbone.segments import Documents, Rows
 
 
@@ -42,6 +44,10 @@ class Context:
     """The gradient of each layer's indexer loss, a mean over tokens; None: it is not wanted."""
     is_indexer_warmup: bool = False
     """Attend to all visible entries: the indexer learns from dense attention first."""
+    balance_loss_scale: float | Tensor | None = None
+    """The gradient of each MoE layer's balance loss; None: it is not wanted."""
+    tape: RouteTape | None = None
+    """Takes down the experts that tokens go to, or tells them."""
     _rotation_E: dict[tuple[int, int], Tensor] = field(
         default_factory=dict[tuple[int, int], Tensor]
     )
@@ -71,11 +77,14 @@ class V4Attention(stock.DeepseekV4Attention):
         kv_Td = rotate(self.kv_norm(self.kv_proj(x_TH)), rotation.squeeze(1))
         compressed = self._compressed(x_TH, context)
         index = self._index(x_TH, latent_TR, compressed, context)
+        attend = tiles.attend
+        if use_kernels(x_TH):
+            from posttrain.backbone.kernels.attend import attend  # imports triton
         outs: list[Tensor] = []
         losses: list[Tensor] = []
         for group, rows in enumerate(documents.groups):
             window_DJd, num_past = self._window(rows, rows.of(kv_Td), context)
-            out, loss = tiles.attend(
+            out, loss = attend(
                 rows.of(q_Thd),
                 window_DJd,
                 compressed[group]["compressor"] if compressed else None,
@@ -196,10 +205,3 @@ def project_output(attention: Any, out: Tensor, rotation: Tensor) -> Tensor:
         rotate(out, rotation.conj()).flatten(-2).unflatten(-1, (attention.config.o_groups, -1))
     )
     return attention.o_b_proj(attention.o_a_proj(grouped).flatten(-2))
-
-
-def attend(q_DLhd: Tensor, kv_DKd: Tensor, visible: Tensor, sink_h: Tensor, scale: float) -> Tensor:
-    """(D, L, h, d) of queries (D, L, h, d) over keys (D, K, d) under a mask (L, K) or (D, L, K)."""
-    mask = visible.expand(1, -1, -1) if visible.dim() == 2 else visible
-    share = tiles.weights(q_DLhd, [(kv_DKd, mask)], sink_h, scale)[0]
-    return tiles.combine(share.to(kv_DKd.dtype), kv_DKd)

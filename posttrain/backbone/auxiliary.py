@@ -40,7 +40,8 @@ class Attach(torch.autograd.Function):
 
 
 def attach(hidden: Tensor, losses: Sequence[Tensor], scale: float | Tensor) -> Tensor:
-    """`hidden` again, of any shape; its backward also gives each scalar loss the gradient `scale`.
+    """`hidden` again, of any shape, not to be changed in place; its backward also gives each scalar
+    loss the gradient `scale`.
 
     Args:
         hidden: what the trainer's loss will be made from, wholly or in part. Where nothing comes

@@ -24,8 +24,8 @@ from torch import Tensor
 
 from posttrain.backbone.rope import rotate
 
-BLOCK = 4096
-"""Entries scored at once where no gradient is wanted."""
+BLOCK = 512
+"""Entries scored at once where no gradient is wanted: a tile's products stay in the cache."""
 
 
 @dataclass(frozen=True)
@@ -83,17 +83,6 @@ def weigh(query_DQhc: Tensor, key: Tensor, weight_DQh: Tensor) -> Tensor:
     return (weight_DQh.unsqueeze(-2) @ similarity).squeeze(-2)
 
 
-def scores(indexer: Any, x_DLH: Tensor, q_DLhc: Tensor, key_DEc: Tensor) -> Tensor:
-    """(D, L, E) in float32."""
-    return weigh(q_DLhc, key_DEc, head_weights(indexer, x_DLH))
-
-
-def select(score_DLE: Tensor, visible_LE: Tensor, top_k: int) -> Tensor:
-    """True for each query's `top_k` best visible entries (D, L, E); ties go to the lowest index."""
-    score_DLE = score_DLE.masked_fill(~visible_LE, float("-inf"))
-    return top_k_mask(score_DLE, top_k) & visible_LE
-
-
 def top_k_mask(score_DQE: Tensor, top_k: int) -> Tensor:
     """True for the `top_k` highest of each query; of equal ones the lowest entries."""
     if score_DQE.shape[-1] <= top_k:
@@ -102,6 +91,16 @@ def top_k_mask(score_DQE: Tensor, top_k: int) -> Tensor:
     is_above, is_tied = score_DQE > least, score_DQE == least
     room = top_k - is_above.sum(-1, keepdim=True)
     return is_above | (is_tied & (is_tied.cumsum(-1, dtype=torch.int32) <= room))
+
+
+def top_k_numbers(score_DQE: Tensor, top_k: int) -> Tensor:
+    """What `numbers` gives of `top_k_mask`, without the scores of -inf, and mostly without either:
+    where no entry outside equals the last one inside, any top-k algorithm chooses the same."""
+    best = score_DQE.topk(top_k, dim=-1, sorted=False)
+    least = best.values.amin(-1, keepdim=True)
+    if bool(((score_DQE >= least).sum(-1) > top_k).any()) or bool(least.isneginf().any()):
+        return numbers(top_k_mask(score_DQE, top_k) & ~score_DQE.isneginf(), top_k)
+    return best.indices.sort(dim=-1).values
 
 
 def numbers(is_chosen_DQE: Tensor, top_k: int) -> Tensor:

@@ -10,6 +10,7 @@ Legend: B batch rows, S columns, T real tokens, N streams, H hidden size, V voca
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -20,13 +21,30 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOut
 from transformers.models.deepseek_v4 import DeepseekV4Config
 from transformers.models.deepseek_v4 import modeling_deepseek_v4 as stock
 
+from posttrain.backbone import generation
 from posttrain.backbone.attention import Context, V4Attention
+from posttrain.backbone.balance import LoadMeter
 from posttrain.backbone.cache import V4Cache
-from posttrain.backbone.decode import DecodeContext, decode_attention
+from posttrain.backbone.decode import DecodeContext, context_of, decode_attention
 from posttrain.backbone.experts import V4SparseMoeBlock, balanced_hash_table
 from posttrain.backbone.hyper_connections import V4HyperConnection, mix
 from posttrain.backbone.rope import rotations
+from posttrain.backbone.routing import ExpertChoices, RouteTape
 from posttrain.backbone.segments import Documents, continued, find_documents
+
+
+@dataclass
+class V4ModelOutput(MoeModelOutputWithPast):
+    """transformers', and the experts of every real token where they were to be captured."""
+
+    routes: ExpertChoices | None = None
+
+
+@dataclass
+class V4CausalLMOutput(MoeCausalLMOutputWithPast):
+    """transformers', and the experts of every real token where they were to be captured."""
+
+    routes: ExpertChoices | None = None
 
 
 class V4DecoderLayer(stock.DeepseekV4DecoderLayer):
@@ -56,14 +74,20 @@ class V4DecoderLayer(stock.DeepseekV4DecoderLayer):
             out = self.self_attn(normed, context)
         x_TNH = mix(x_TNH, out, post, comb)
         post, comb, collapsed = self.ffn_hc(x_TNH)
-        out = self.mlp(self.post_attention_layernorm(collapsed), token_id_T)
+        out = self.mlp(self.post_attention_layernorm(collapsed), token_id_T, context)
         return mix(x_TNH, out, post, comb)
 
 
 class V4PreTrainedModel(stock.DeepseekV4PreTrainedModel):
     """What both classes share: initial values and the names that are saved."""
 
-    _no_split_modules = ["V4DecoderLayer"]
+    _no_split_modules = ["V4DecoderLayer", "V4MTPBlock"]
+    _keep_in_fp32_modules_strict = [
+        *(stock.DeepseekV4PreTrainedModel._keep_in_fp32_modules_strict or ()),
+        "enorm",
+        "hnorm",
+    ]
+    _is_stateful = False  # our cache can be cropped, so assisted generation may take tokens back
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -99,6 +123,8 @@ class V4Model(V4PreTrainedModel, stock.DeepseekV4Model):
         self.auxiliary_scale: float | Tensor = 1.0
         """The gradient of the layers' own losses, each a mean over a forward's tokens: a trainer
         that accumulates micro-batches sets it to this one's share of the step's tokens."""
+        self.load_meter: LoadMeter | None = None
+        """Counts how many tokens go to each expert in training (balance.BalanceExperts)."""
         self.post_init()
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -108,9 +134,12 @@ class V4Model(V4PreTrainedModel, stock.DeepseekV4Model):
         position_ids: Tensor | None = None,
         past_key_values: object = None,
         inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
         slots: Tensor | None = None,
+        replay_routes: ExpertChoices | None = None,
+        capture_routes: bool = False,
         **kwargs: Any,
-    ) -> MoeModelOutputWithPast:
+    ) -> V4ModelOutput:
         """Last hidden states (B, S, H) of a batch, each document as if it stood alone; zeros at
         padding.
 
@@ -119,31 +148,50 @@ class V4Model(V4PreTrainedModel, stock.DeepseekV4Model):
             attention_mask: (B, S), 1 at tokens; padding may stand anywhere.
             position_ids: (B, S) or (1, S); a new document wherever they do not count up by one.
             inputs_embeds: (B, S, H), instead of the embedding; hash layers still need `input_ids`.
-            past_key_values: a `V4Cache`; the documents go on where its `slots` end, one each.
+            past_key_values: a `V4Cache`; the documents go on where its `slots` end, one each. Or,
+                without slots, what transformers' `generate` hands on (generation.py).
+            use_cache: without a cache, make one.
             slots: (B,) int64, the cache's slots.
+            replay_routes: the experts that each real token is to go to; its weights are the
+                current gates'.
+            capture_routes: give the chosen experts in the output's `routes`.
 
         Raises:
             ValueError: no input_ids beside hash layers; a mask of another shape; a cache of
-            another kind.
+            another kind; routes of other tokens or layers.
         """
-        embeds, token_ids = self._inputs(input_ids, inputs_embeds)
-        if past_key_values is not None and not isinstance(past_key_values, V4Cache):
-            raise ValueError(
-                f"past_key_values is a {type(past_key_values).__name__}, V4Model keeps its past in "
-                "a V4Cache: sample with posttrain.rollout.Engine, or call generate(use_cache=False)"
+        if slots is None and generation.wants_cache(self, past_key_values, use_cache):
+            hidden, cache = generation.forward(
+                self, input_ids, attention_mask, position_ids, past_key_values, inputs_embeds
             )
+            return V4ModelOutput(last_hidden_state=hidden, past_key_values=cast("Any", cache))
+        embeds, token_ids = self._inputs(input_ids, inputs_embeds)
         shape = (embeds.shape[0], embeds.shape[1])
         documents = find_documents(
             shape, embeds.device, attention_mask=attention_mask, position_ids=position_ids
         )
-        context = self._context(documents, past_key_values, slots)
+        counts = self.load_meter is not None and self.training and torch.is_grad_enabled()
+        tape = None
+        if capture_routes or counts or replay_routes is not None:
+            tape = RouteTape(len(self.layers), replay_routes)
+        cache = past_key_values if slots is not None else None
+        context = self._context(documents, cast("V4Cache | None", cache), slots, tape)
         hidden_TH = self._layers(
             embeds.flatten(0, 1)[documents.token_T], token_ids.flatten()[documents.token_T], context
         )
-        return MoeModelOutputWithPast(last_hidden_state=documents.to_batch(hidden_TH, shape))  # pyright: ignore[reportArgumentType]
+        if counts and tape is not None and self.load_meter is not None:
+            self.load_meter.add(tape.choices, self.config.n_routed_experts)
+        return V4ModelOutput(
+            last_hidden_state=documents.to_batch(hidden_TH, shape),  # pyright: ignore[reportArgumentType]
+            routes=tape.choices if tape is not None and capture_routes else None,
+        )
 
     def _context(
-        self, documents: Documents, cache: V4Cache | None, slot_D: Tensor | None
+        self,
+        documents: Documents,
+        cache: V4Cache | None,
+        slot_D: Tensor | None,
+        tape: RouteTape | None,
     ) -> Context:
         """What the layers share; with a cache, the documents go on from what their slots hold."""
         longest = 0
@@ -152,7 +200,7 @@ class V4Model(V4PreTrainedModel, stock.DeepseekV4Model):
             longest = int(start_D.max()) if len(start_D) else 0
             documents = continued(documents, start_D) if longest else documents
         trains = self.training and torch.is_grad_enabled() and cache is None
-        weight = self.config.indexer_loss_weight
+        weight, balance = self.config.indexer_loss_weight, self.config.balance_loss_weight
         return Context(
             documents,
             {name: self._rotations(name, documents.position_T) for name in ("main", "compress")},
@@ -164,6 +212,8 @@ class V4Model(V4PreTrainedModel, stock.DeepseekV4Model):
             longest_start=longest,
             indexer_loss_scale=weight * self.auxiliary_scale if trains and weight else None,
             is_indexer_warmup=self.config.indexer_warmup,
+            balance_loss_scale=balance * self.auxiliary_scale if trains and balance else None,
+            tape=tape,
         )
 
     @torch.no_grad()
@@ -209,16 +259,9 @@ class V4Model(V4PreTrainedModel, stock.DeepseekV4Model):
     def decode(self, token_B: Tensor, cache: V4Cache, is_live_B: Tensor) -> Tensor:
         """Hidden states (B, H) after one more token in every slot; slots not live do not
         advance."""
-        position_B = cache.length_B
-        context = DecodeContext(
-            cache,
-            position_B,
-            {name: self._rotations(name, position_B) for name in ("main", "compress")},
-            cast("Tensor", self.rotary_emb.compress_inv_freq),
-            cast("float", self.rotary_emb.compress_attention_scaling),
-        )
+        context = context_of(self, cache)
         hidden_BH = self._layers(self.embed_tokens(token_B), token_B, context)
-        cache.length_B = position_B + is_live_B
+        cache.advance(is_live_B)
         return hidden_BH
 
     def _layers(
@@ -249,9 +292,15 @@ class V4Model(V4PreTrainedModel, stock.DeepseekV4Model):
         return self.embed_tokens(input_ids) if embeds is None else embeds, input_ids
 
 
-DEFAULTS: dict[str, Any] = {"indexer_loss_weight": 1.0, "indexer_warmup": False}
+DEFAULTS: dict[str, Any] = {
+    "indexer_loss_weight": 1.0,
+    "indexer_warmup": False,
+    "balance_loss_weight": 0.0,
+    "with_mtp": False,
+}
 """Fields that our config has beside the stock one's. `indexer_warmup`: attention sees all entries
-and the indexer learns from it, before it chooses (V3.2 report 2.1.1)."""
+and the indexer learns from it, before it chooses (V3.2 report 2.1.1). `balance_loss_weight`: of the
+loss in each document's experts; V4 was pre-trained with 1e-4 (balance.py)."""
 
 
 class V4ForCausalLM(V4PreTrainedModel, stock.DeepseekV4ForCausalLM):
@@ -265,13 +314,16 @@ class V4ForCausalLM(V4PreTrainedModel, stock.DeepseekV4ForCausalLM):
         config.auto_map = {}
         config.router_aux_loss_coef = 0.0  # Switch's loss over raw logits, not V4's
         config.num_experts = config.n_routed_experts  # the name TRL reads
-        config.use_cache = False
         for name, value in DEFAULTS.items():
             setattr(config, name, getattr(config, name, value))
         super(stock.DeepseekV4ForCausalLM, self).__init__(config)
         self.model = V4Model(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.with_mtp:
+            from posttrain.backbone.mtp import V4MTPBlock  # made of this module's layers
+
+            self.mtp = nn.ModuleList([V4MTPBlock(config)])
         self.router_aux_loss_coef = 0.0
         self.num_experts = config.n_routed_experts
         self.num_experts_per_tok = config.num_experts_per_tok
@@ -282,23 +334,40 @@ class V4ForCausalLM(V4PreTrainedModel, stock.DeepseekV4ForCausalLM):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
+        past_key_values: object = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
+        use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        replay_routes: ExpertChoices | None = None,
+        capture_routes: bool = False,
         **kwargs: Any,
-    ) -> MoeCausalLMOutputWithPast:
+    ) -> V4CausalLMOutput:
         """Logits (B, S, V), of the last `logits_to_keep` columns where given; the mean loss with
-        `labels` (B, S), which the loss shifts, -100 where none."""
-        hidden = self.model(
-            input_ids, attention_mask, position_ids, inputs_embeds=inputs_embeds
-        ).last_hidden_state
+        `labels` (B, S), which the loss shifts, -100 where none. The rest is `V4Model.forward`'s."""
+        output = self.model(
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            replay_routes=replay_routes,
+            capture_routes=capture_routes,
+        )
+        hidden = output.last_hidden_state
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(hidden[:, keep])
         loss = None
         if labels is not None:
             passed = {k: v for k, v in kwargs.items() if k == "num_items_in_batch"}
             loss = cast("Any", self.loss_function)(logits, labels, self.vocab_size, **passed)
-        return MoeCausalLMOutputWithPast(loss=loss, logits=logits)
+        return V4CausalLMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=output.past_key_values,
+            routes=output.routes,
+        )
 
 
 AutoModel.register(DeepseekV4Config, V4Model, exist_ok=True)

@@ -8,7 +8,6 @@ entries.
 
 from __future__ import annotations
 
-
 import torch
 from torch import Tensor
 

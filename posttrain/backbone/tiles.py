@@ -25,8 +25,11 @@ from torch import Tensor
 
 from posttrain.backbone import indexer
 
-TILE = 128
-"""Queries in a tile, at most; with many rows or heads fewer, so that a tile stays in cache."""
+ONE_TILE = 128
+"""Rows of up to so many tokens are one tile."""
+
+TILE = 64
+"""Queries in a longer row's tile, at most; with many rows or heads fewer: it stays in cache."""
 
 TILE_ROWS = 4096
 """Queries times heads times documents in a tile, at least 16 queries' worth."""
@@ -182,11 +185,10 @@ def choose(
     if index is None or seen <= index.top_k:
         return Chosen(mask, is_all=True)
     score_DQE = index.scores(first, end, seen).masked_fill_(~mask, float("-inf"))
-    is_chosen = indexer.top_k_mask(score_DQE, index.top_k) & mask
     if seen < GATHER * index.top_k:
-        return Chosen(is_chosen)
-    number = indexer.numbers(is_chosen, index.top_k)
-    return Chosen(number >= 0, number.clamp_(min=0))
+        return Chosen(indexer.top_k_mask(score_DQE, index.top_k) & mask)
+    number = indexer.top_k_numbers(score_DQE, index.top_k)
+    return Chosen(number >= 0, number.clamp(min=0))
 
 
 def tiles(
@@ -212,10 +214,10 @@ def attend(
 ) -> tuple[Tensor, Tensor | None]:
     """Outputs (D, L, h, d), and the indexer's loss summed over queries where `index` wants it."""
     docs, length, heads, _ = q_DLhd.shape
-    size = max(16, min(TILE, TILE_ROWS // max(docs * heads, 1)))
+    size = min(TILE, max(16, TILE_ROWS // max(docs * heads, 1)))
     num_entries = 0 if entry_DEd is None else entry_DEd.shape[1]
     wants_loss = index is not None and index.wants_loss
-    if length <= TILE:
+    if length <= ONE_TILE:
         (tile,) = tiles(layout, length, max(length, 1), num_entries, index) if length else (None,)
         if tile is None:
             return q_DLhd, None

@@ -236,7 +236,7 @@ def test_long_rows_in_tiles_give_the_same_logits_and_gradients(
 
     logits, wanted = run()
     assert any("indexer" in name for name in wanted)
-    for name, value in (("TILE", 8), ("TILE_ROWS", 1), ("GATHER", gather)):
+    for name, value in (("ONE_TILE", 8), ("TILE_ROWS", 1), ("GATHER", gather)):
         monkeypatch.setattr(tiles, name, value)
     in_tiles, found = run()
     torch.testing.assert_close(in_tiles, logits, atol=2e-5, rtol=0)

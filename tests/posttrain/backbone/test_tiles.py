@@ -43,7 +43,9 @@ def seen_all(length: int, num_entries: int, rate: int = RATE) -> Tensor:
 def cut(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """One tile through autograd, many masked, many gathered, one query each."""
     size, gather = request.param
+    monkeypatch.setattr(tiles, "ONE_TILE", size)
     monkeypatch.setattr(tiles, "TILE", size)
+    monkeypatch.setattr(tiles, "TILE_ROWS", 1)
     monkeypatch.setattr(tiles, "GATHER", gather)
 
 
@@ -139,6 +141,10 @@ def test_the_choice_equals_a_stable_sort(seed: int) -> None:
     wanted = torch.zeros_like(score, dtype=torch.bool).scatter(-1, best, value=True)
     assert torch.equal(indexer.top_k_mask(score, 7), wanted)
     assert torch.equal(indexer.numbers(wanted, 7), best.sort(-1).values)
+    assert torch.equal(indexer.top_k_numbers(score, 7), best.sort(-1).values)
+    apart = score + torch.linspace(0, 0.5, 31)  # no two alike
+    wanted = apart.sort(dim=-1, descending=True).indices[..., :7].sort(-1).values
+    assert torch.equal(indexer.top_k_numbers(apart, 7), wanted)
 
 
 def test_the_loss_is_zero_where_the_scores_give_the_target() -> None:

@@ -1,0 +1,181 @@
+"""Which experts a token goes to, and how much of each (V4 report 2.1); taken down, and given back.
+
+    s = sqrt(softplus(W x));  chosen = top-k of s + bias, or table[token];
+    weight_j = scaling * s_j / sum over chosen of s
+
+The bias chooses and never weighs. Scores are float32 whatever the model's dtype: bf16 logits
+change the chosen set of 6-15% of the tokens. RL replays the experts that the sampler chose, hash
+layers included; their weights then come from the current gate, which goes on learning.
+
+Legend: T tokens, H hidden size, E experts, k experts a token, L layers, B batch rows, S columns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.models.deepseek_v4 import modeling_deepseek_v4 as stock
+from transformers.utils.generic import maybe_autocast
+
+from posttrain.backbone.segments import Documents
+
+LOWEST_LOGIT = -80.0
+"""sqrt(softplus(-80)) is 4e-18, nothing among scores; below -104 softplus is 0 in float32 and the
+square root's gradient would be inf * 0."""
+
+
+@dataclass(frozen=True, slots=True)
+class Routes:
+    """One layer's choice for T tokens: `Routes([[2, 0]], [[.9, .6]], [[.5, .1, .75]])`."""
+
+    expert_Tk: Tensor
+    """int64, the best first (a table's order in a hash layer); equal scores: the lowest index."""
+    weight_Tk: Tensor
+    """What each expert's output is multiplied by; sums to the routed scaling."""
+    score_TE: Tensor
+    """sqrt-softplus scores before bias, float32 or wider, in the gate's graph."""
+
+
+def route(
+    gate: Any, x_TH: Tensor, token_id_T: Tensor, *, is_hash: bool, replay_Tk: Tensor | None = None
+) -> Routes:
+    """The experts of each token.
+
+    Args:
+        gate: a stock `DeepseekV4TopKRouter`, or a `DeepseekV4HashRouter` where `is_hash`.
+        x_TH: normalised hidden states, any dtype.
+        token_id_T: int64, read by hash layers alone.
+        replay_Tk: experts to use instead, any integer dtype; a row of -1 lets the gate choose.
+
+    Raises:
+        ValueError: `replay_Tk` of another shape.
+    """
+    score_TE = scores(gate, x_TH)
+    if is_hash:
+        expert_Tk = gate.tid2eid[token_id_T].long()
+    else:
+        expert_Tk = top_k(_selection(gate, score_TE), gate.top_k)
+    if replay_Tk is not None:
+        if replay_Tk.shape != expert_Tk.shape:
+            raise ValueError(
+                f"replay_Tk is {tuple(replay_Tk.shape)}, this layer has (tokens, experts a token) "
+                f"= {tuple(expert_Tk.shape)}: replay the routes of the same real tokens, in order"
+            )
+        replay_Tk = replay_Tk.to(expert_Tk)
+        expert_Tk = torch.where(replay_Tk >= 0, replay_Tk, expert_Tk)
+    chosen_Tk = score_TE.gather(1, expert_Tk)
+    share_Tk = chosen_Tk / (chosen_Tk.sum(dim=-1, keepdim=True) + 1e-20)
+    return Routes(expert_Tk, share_Tk * gate.routed_scaling_factor, score_TE)
+
+
+def scores(gate: Any, x_TH: Tensor) -> Tensor:
+    """sqrt(softplus(W x)), (T, E), in float32 (float64 for float64), under autocast too."""
+    dtype = torch.promote_types(x_TH.dtype, torch.float32)
+    with maybe_autocast(device_type=x_TH.device.type, enabled=False):
+        logits = F.linear(x_TH.to(dtype), gate.weight.to(dtype))
+    return gate.score_fn(logits.clamp(min=LOWEST_LOGIT))
+
+
+def top_k(score_TE: Tensor, k: int) -> Tensor:
+    """The k highest of each row, best first, the lowest index among equals, (T, k) int64.
+
+    argmax returns the first of several maxima, which topk does not promise; k passes over 256
+    experts cost what topk does and a fifth of a stable sort."""
+    left_TE = score_TE.detach().clone()
+    best: list[Tensor] = []
+    for _ in range(k):
+        best.append(left_TE.argmax(dim=-1, keepdim=True))
+        left_TE.scatter_(1, best[-1], float("-inf"))
+    return torch.cat(best, dim=1)
+
+
+def margin(gate: Any, score_TE: Tensor, *, is_hash: bool) -> Tensor:
+    """By how much the last chosen expert beat the first that was not, (T,); inf in a hash layer
+    and where all are chosen. Under 1e-5 rounding may choose otherwise."""
+    if is_hash or gate.top_k == score_TE.shape[1]:
+        return torch.full_like(score_TE[:, 0], float("inf")).detach()
+    best_TK = _selection(gate, score_TE).topk(gate.top_k + 1, dim=-1).values
+    return best_TK[:, -2] - best_TK[:, -1]
+
+
+def _selection(gate: Any, score_TE: Tensor) -> Tensor:
+    return score_TE.detach() + gate.e_score_correction_bias.to(score_TE.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertChoices:
+    """The experts of all layers for a batch's T real tokens: two layers, one token, top-2 is
+    `ExpertChoices(expert_LTk=[[[2, 0]], [[1, 3]]])`."""
+
+    expert_LTk: Tensor
+    """Integer; -1 where it is not known (a sampler never runs the last token it drew)."""
+    is_close_T: Tensor | None = None
+    """True for tokens that rounding may route otherwise in some layer: two scores were less than
+    1e-5 apart. None where that is not known."""
+
+    def to_batch(self, documents: Documents, shape: tuple[int, int]) -> Tensor:
+        """(B, S, L, k) int16 in the caller's layout; -1 at padding."""
+        expert_TLk = self.expert_LTk.transpose(0, 1).to(torch.int16)
+        return documents.to_batch(expert_TLk + 1, shape) - 1
+
+    @classmethod
+    def from_batch(cls, expert_BSLk: Tensor, documents: Documents) -> ExpertChoices:
+        """From (B, S, L, k): the real tokens' alone."""
+        expert_TLk = expert_BSLk.flatten(0, 1)[documents.token_T.to(expert_BSLk.device)]
+        return cls(expert_TLk.transpose(0, 1).to(documents.token_T.device))
+
+
+class RouteTape:
+    """What one forward's layers choose, or must choose.
+
+    A layer writes its first pass alone: gradient checkpointing runs it again in the backward pass.
+    """
+
+    def __init__(self, num_layers: int, replay: ExpertChoices | None = None) -> None:
+        """Raises ValueError: `replay` of another number of layers."""
+        if replay is not None and len(replay.expert_LTk) != num_layers:
+            raise ValueError(
+                f"replayed routes have {len(replay.expert_LTk)} layers, the model {num_layers}: "
+                "capture every layer, those that route by hash too"
+            )
+        self._replay = replay
+        self._expert_Tk: list[Tensor | None] = [None] * num_layers
+        self._margin_T: list[Tensor | None] = [None] * num_layers
+
+    def replay(self, layer: int) -> Tensor | None:
+        """What `route` takes as `replay_Tk`."""
+        return None if self._replay is None else self._replay.expert_LTk[layer]
+
+    def record(self, layer: int, gate: Any, routes: Routes, *, is_hash: bool) -> None:
+        """Take down a layer's choice."""
+        if self._expert_Tk[layer] is None:
+            self._expert_Tk[layer] = routes.expert_Tk
+            self._margin_T[layer] = margin(gate, routes.score_TE, is_hash=is_hash)
+
+    @property
+    def choices(self) -> ExpertChoices:
+        """What was chosen, once every layer has run."""
+        expert_LTk = torch.stack(cast("list[Tensor]", self._expert_Tk))
+        return ExpertChoices(expert_LTk, self.close_T())
+
+    def close_T(self, below: float = 1e-5) -> Tensor:
+        """True for tokens that rounding may route otherwise in some layer, (T,)."""
+        return (torch.stack(cast("list[Tensor]", self._margin_T)) < below).any(dim=0)
+
+
+def gates(model: nn.Module) -> list[Any]:
+    """The stock routers in a model, in layer order, hash layers too."""
+    routers = (stock.DeepseekV4TopKRouter, stock.DeepseekV4HashRouter)
+    return [module for module in model.modules() if isinstance(module, routers)]
+
+
+def freeze_routing(model: nn.Module) -> None:
+    """No gate weight takes a gradient, and `update_biases` leaves a frozen gate's bias alone; hash
+    tables are buffers. For RL: a policy whose experts change under it drifts from its sampler. Call
+    before DDP or FSDP wraps the model and before the optimiser is made."""
+    for gate in gates(model):
+        gate.weight.requires_grad_(False)

@@ -1,0 +1,211 @@
+"""One token a slot: the same keys, the same choice, the same logits as in the full forward."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from posttrain.backbone import V4Cache, V4ForCausalLM, decode, preset_config, rope
+from posttrain.backbone.compiled import compiled_decode
+from posttrain.backbone.presets import CSA, HCA, SLIDING
+
+VOCAB = 61
+
+
+def make_model(layer_types: Sequence[str] = (SLIDING, CSA, HCA), **changes: Any) -> Any:
+    """Window 7, top-k 2, rates 4 and 8: seventy tokens have more than 8 x top-k entries."""
+    config = preset_config("tiny", vocab_size=VOCAB, bos_token_id=0, eos_token_id=1, pad_token_id=2)
+    config.update(
+        {
+            "layer_types": list(layer_types),
+            "mlp_layer_types": ["hash_moe"] + ["moe"] * (len(layer_types) - 1),
+            "num_hidden_layers": len(layer_types),
+            "hidden_size": 32,
+            "moe_intermediate_size": 16,
+            "n_routed_experts": 4,
+            "compress_rates": {CSA: 4, HCA: 8},
+            "sliding_window": 7,
+            "index_topk": 2,
+            "hc_sinkhorn_iters": 2,
+            **changes,
+        }
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = V4ForCausalLM(config).eval()
+        for parameter in model.parameters():
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+def draw(*shape: int, seed: int) -> Tensor:
+    return torch.randint(3, VOCAB, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def filled(model: Any, ids: Tensor, lengths: Sequence[int], num_spare: int = 0) -> V4Cache:
+    like = model.model.embed_tokens.weight
+    cache = V4Cache(model.config, len(lengths), like=like, num_spare=num_spare)
+    prompts = [row[:n].tolist() for row, n in zip(ids, lengths, strict=True)]
+    model.model.prefill(prompts, cache, list(range(len(lengths))))
+    return cache
+
+
+def random_cache(model: Any, lengths: Sequence[int], seed: int) -> V4Cache:
+    """A cache that says its rows have these lengths, of random numbers."""
+    generator = torch.Generator().manual_seed(seed)
+    cache = V4Cache(model.config, len(lengths), like=model.model.embed_tokens.weight)
+    cache.reserve(max(lengths) + 2)
+    tensors = [*cache.window_BWd]
+    for stores in cache.stores:
+        for store in stores.values():
+            tensors += [store.kv_BRX, store.gate_BRX, store.entry_BEC]
+    for x in tensors:
+        x.normal_(generator=generator)
+    cache.length_B = torch.tensor(lengths)
+    return cache
+
+
+LIVE = torch.ones(3, dtype=torch.long)
+
+
+@pytest.mark.parametrize("num_spare", [0, 5])
+def test_long_rows_decode_as_the_full_forward(num_spare: int) -> None:
+    model, ids = make_model(), draw(3, 86, seed=1)
+    lengths = [78, 9, 70]
+    cache = filled(model, ids, lengths, num_spare)
+    with torch.no_grad():
+        wanted = model(ids).logits
+    for step in range(8):
+        at = torch.tensor(lengths) + step
+        hidden = model.model.decode(ids[torch.arange(3), at], cache, LIVE)
+        said = wanted[torch.arange(3), at]
+        torch.testing.assert_close(model.lm_head(hidden), said, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("lengths", [[3], [400, 3, 399], [2000, 1999, 77]])
+def test_chosen_entries_gathered_or_masked_give_the_same(
+    lengths: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, found = make_model(index_topk=5), list[Tensor]()
+    for gather in (0, 10**9):
+        monkeypatch.setattr(decode, "GATHER", gather)
+        cache = random_cache(model, lengths, seed=2)
+        token_BS = draw(len(lengths), 3, seed=3)
+        live = torch.ones(len(lengths), dtype=torch.long)
+        found.append(torch.stack([model.model.decode(t, cache, live) for t in token_BS.T]))
+    torch.testing.assert_close(found[0], found[1], atol=2e-5, rtol=0)
+
+
+def test_room_grows_by_itself() -> None:
+    model, ids = make_model(), draw(1, 30, seed=4)
+    cache = V4Cache(model.config, 1, like=model.model.embed_tokens.weight)
+    with torch.inference_mode():
+        found = [model.model.decode(t, cache, LIVE[:1]) for t in ids.T]
+        wanted = model(ids).logits[0]
+        torch.testing.assert_close(model.lm_head(torch.cat(found)), wanted, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("num_entries", [1, 5, 63, 64, 65, 300, 1000, 4097])
+@pytest.mark.parametrize("top_k", [1, 3, 32])
+def test_the_best_are_the_first_of_a_stable_sort(num_entries: int, top_k: int) -> None:
+    generator = torch.Generator().manual_seed(num_entries + top_k)
+    for spread in (2, 1000):  # two values alone: nearly all are ties
+        score = torch.randint(-spread, spread, (3, num_entries), generator=generator) / 7.0
+        score[0, num_entries // 3 :] = float("-inf")
+        score[1, ::2] = -0.0
+        score[1, 1::2] = 0.0
+        wanted = score.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
+        found = decode.best(score, top_k)
+        assert torch.equal(found.sort(dim=-1).values, wanted.sort(dim=-1).values)
+
+
+def test_ranks_order_floats_of_every_kind() -> None:
+    generator = torch.Generator().manual_seed(5)
+    score = torch.randn(1, 200, generator=generator) * 10.0 ** torch.arange(-100, 100)
+    score = torch.cat([score, torch.tensor([[0.0, -0.0, float("inf"), float("-inf")]])], dim=1)
+    wanted = score.sort(dim=-1, descending=True, stable=True).indices
+    assert torch.equal(decode.ranks(score).sort(dim=-1, descending=True).indices, wanted)
+
+
+def test_scores_in_blocks_are_the_formula(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode, "SCORES_AT_ONCE", 1)
+    generator = torch.Generator().manual_seed(6)
+    q = torch.randn(2, 5, 8, generator=generator)
+    key = torch.randn(2, 2100, 8, generator=generator)
+    weight = torch.randn(2, 5, generator=generator)
+    similarity = torch.einsum("bhc,bec->bhe", q.double(), key.double()).relu()
+    wanted = torch.einsum("bhe,bh->be", similarity, weight.double())
+    found = decode.scores(q, key, weight)
+    torch.testing.assert_close(found.double(), wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_one_softmax_over_all_keys_and_the_sink() -> None:
+    generator = torch.Generator().manual_seed(7)
+    q = torch.randn(3, 4, 6, generator=generator)
+    keys = [torch.randn(3, n, 6, generator=generator) for n in (5, 11)]
+    sees = [torch.rand(3, n, generator=generator) < 0.5 for n in (5, 11)]
+    sink = torch.randn(4, generator=generator)
+    pairs = [(k, decode.bias_of(~s, torch.float32)) for k, s in zip(keys, sees, strict=True)]
+    all_keys, all_sees = torch.cat(keys, 1).double(), torch.cat(sees, 1)
+    weight = (q.double() @ all_keys.mT * 0.3).exp() * all_sees[:, None]
+    weight = weight / (weight.sum(-1, keepdim=True) + sink.double().exp()[:, None])
+    found = decode.attend(q, pairs, sink, 0.3)
+    torch.testing.assert_close(found.double(), weight @ all_keys, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("is_real", [False, True])
+def test_a_turn_in_place_is_ropes(dtype: torch.dtype, *, is_real: bool) -> None:
+    generator = torch.Generator().manual_seed(8)
+    x = torch.randn(5, 3, 12, generator=generator).to(dtype)
+    inv_freq, position = torch.rand(4, generator=generator), torch.arange(5) * 31
+    turn = rope.rotations(inv_freq, position, 1.0)
+    wanted = rope.rotate(x, turn.unsqueeze(1))
+    rotation = decode.rotations(inv_freq, position, 1.0, is_real=is_real)
+    found = decode.rotate(x.clone(), rotation)
+    tolerance = 1e-6 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(found, wanted, atol=tolerance, rtol=tolerance)
+    back = decode.rotate(found.clone(), rotation, back=True)
+    torch.testing.assert_close(back, x, atol=2 * tolerance, rtol=2 * tolerance)
+    assert torch.equal(found[..., :4], x[..., :4])
+
+
+# dynamo makes an instance of each autograd function, which torch itself deprecates
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_the_whole_step_is_one_graph() -> None:
+    """fullgraph: nothing in the step looks at a value, for a look would break the graph."""
+    torch.compiler.reset()
+    model, ids = make_model([CSA, HCA], hc_sinkhorn_iters=1), draw(3, 120, seed=9)
+    compiled = compiled_decode(model.model, backend="aot_eager")
+    caches = [filled(model, ids, lengths, 2) for lengths in ([70, 7, 33], [5, 80, 1])]
+    copies = [filled(model, ids, lengths, 2) for lengths in ([70, 7, 33], [5, 80, 1])]
+    for cache in (*caches, *copies):
+        cache.reserve(160)
+    for cache, copy in zip(caches, copies, strict=True):
+        for step in range(6):
+            if step == 4:
+                cache.take_back(2)
+                copy.take_back(2)
+            live = torch.tensor([1, 1, step % 2])
+            found = compiled(ids[:, step], cache, live)
+            wanted = model.model.decode(ids[:, step], copy, live)
+            torch.testing.assert_close(found, wanted, atol=2e-5, rtol=0)
+            assert torch.equal(cache.length_B, copy.length_B)
+        with torch.compiler.set_stance("fail_on_recompile"):
+            compiled(ids[:, 7], cache, LIVE)
+
+
+def test_bf16_rows_decode_near_the_full_forward() -> None:
+    model, ids = make_model([SLIDING, HCA]).to(torch.bfloat16), draw(3, 40, seed=10)
+    cache = filled(model, ids, [30, 17, 24])
+    assert cache.window_BWd[0].dtype == torch.bfloat16
+    with torch.no_grad():
+        wanted = model(ids).logits
+        for step in range(5):
+            at = torch.tensor([30, 17, 24]) + step
+            found = model.lm_head(model.model.decode(ids[torch.arange(3), at], cache, LIVE))
+            said = wanted[torch.arange(3), at]
+            error_B = (found - said).float().norm(dim=1) / said.float().norm(dim=1)
+            assert error_B.median() < 0.02  # a row may be routed otherwise

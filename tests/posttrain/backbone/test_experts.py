@@ -1,0 +1,148 @@
+"""Experts as one function: plain autograd in float64, gradcheck, both ways of multiplying."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.models.deepseek_v4 import DeepseekV4Config
+from transformers.models.deepseek_v4 import modeling_deepseek_v4 as stock
+
+from posttrain.backbone.experts import Groups, RoutedExperts, SwiGLU, run_experts, run_shared
+
+LIMIT = 0.7
+SHAPES = [(1, 5, 3, 4, 1), (9, 6, 5, 3, 2), (33, 4, 7, 6, 3), (4, 3, 2, 9, 2)]
+"""Tokens, hidden size, expert width, experts, experts a token."""
+
+
+def draw(shape: tuple[int, ...], *, seed: int = 0, dtype: torch.dtype = torch.float64) -> Any:
+    tokens, hidden, width, num_experts, top_k = shape
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator, dtype=dtype).requires_grad_()
+
+    chosen = [torch.randperm(num_experts, generator=generator)[:top_k] for _ in range(tokens)]
+    return SimpleNamespace(
+        x=normal(tokens, hidden),
+        weight=normal(tokens, top_k),
+        gate_up_proj=normal(num_experts, 2 * width, hidden),
+        down_proj=normal(num_experts, hidden, width),
+        expert=torch.stack(chosen),
+        limit=LIMIT,
+    )
+
+
+def parameters(p: Any) -> list[Tensor]:
+    return [p.x, p.weight, p.gate_up_proj, p.down_proj]
+
+
+def plain_swiglu(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate.clamp(max=LIMIT)) * up.clamp(-LIMIT, LIMIT)
+
+
+def plain(p: Any) -> Tensor:
+    rows: list[Tensor] = []
+    for x, weights, names in zip(p.x, p.weight, p.expert, strict=True):
+        outs = [
+            w * p.down_proj[e] @ plain_swiglu(p.gate_up_proj[e] @ x)
+            for w, e in zip(weights, names, strict=True)
+        ]
+        rows.append(torch.stack(outs).sum(0))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_experts_equal_plain_autograd(shape: tuple[int, ...]) -> None:
+    p = draw(shape)
+    found, wanted = run_experts(p, p.x, p.expert, p.weight), plain(p)
+    torch.testing.assert_close(found, wanted, atol=1e-12, rtol=1e-12)
+    seen = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(1), dtype=wanted.dtype)
+    gradients = [torch.autograd.grad((out * seen).sum(), parameters(p)) for out in (found, wanted)]
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-11, rtol=1e-11)
+
+
+def test_gradcheck_in_float64() -> None:
+    p = draw((4, 3, 2, 3, 2))
+    check: Any = torch.autograd.gradcheck
+    assert check(lambda *x: RoutedExperts.apply(*x, p.expert, LIMIT), tuple(parameters(p)))
+
+
+def test_swiglu_passes_nothing_where_a_clamp_cut() -> None:
+    gate_up = torch.tensor([[0.9, 0.2, 0.1, -0.9]], dtype=torch.float64, requires_grad=True)
+    seen = torch.ones(1, 2, dtype=torch.float64)
+    wanted_out = plain_swiglu(gate_up)
+    (wanted,) = torch.autograd.grad(wanted_out, gate_up, seen)
+    found_out: Any = SwiGLU.apply(*gate_up.chunk(2, dim=-1), LIMIT)
+    (found,) = torch.autograd.grad(found_out, gate_up, seen)
+    torch.testing.assert_close(found_out, wanted_out)
+    torch.testing.assert_close(found, wanted)
+    assert found[0, 0] == found[0, 3] == 0
+
+
+def test_the_shared_expert_equals_stocks() -> None:
+    config = DeepseekV4Config(hidden_size=8, moe_intermediate_size=6, swiglu_limit=LIMIT)
+    expert, generator = stock.DeepseekV4MLP(config), torch.Generator().manual_seed(0)
+    for parameter in expert.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator)
+    x = torch.randn(7, 8, generator=generator, requires_grad=True)
+    outs = [run_shared(expert, x), expert(x)]
+    torch.testing.assert_close(*outs, atol=1e-5, rtol=1e-5)
+    inputs = [x, *expert.parameters()]
+    for a, b in zip(*(torch.autograd.grad(out.sum(), inputs) for out in outs), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-5)
+
+
+def test_an_expert_without_a_token_has_a_gradient_of_zeros() -> None:
+    p = draw((3, 4, 2, 5, 2))
+    p.expert = torch.tensor([[0, 3], [3, 0], [0, 3]])
+    run_experts(p, p.x, p.expert, p.weight).sum().backward()
+    for gradient in (p.gate_up_proj.grad, p.down_proj.grad):
+        assert torch.equal(gradient[[1, 2, 4]], torch.zeros_like(gradient[[1, 2, 4]]))
+        assert gradient[[0, 3]].abs().sum() > 0
+
+
+def test_no_tokens_give_zero_gradients() -> None:
+    p = draw((3, 4, 2, 5, 2))
+    out = run_experts(p, p.x[:0], p.expert[:0], p.weight[:0])
+    out.sum().backward()
+    assert out.shape == (0, 4)
+    assert torch.equal(p.down_proj.grad, torch.zeros_like(p.down_proj))
+
+
+@pytest.mark.parametrize("counts", [[3, 0, 5, 1], [0, 0, 9, 0], [2, 2, 2, 2]])
+def test_a_grouped_product_equals_one_product_an_expert(counts: list[int]) -> None:
+    # torch's grouped_mm wants rows of a multiple of 16 bytes
+    generator = torch.Generator().manual_seed(0)
+    expert = torch.repeat_interleave(torch.arange(4), torch.tensor(counts))
+    rows, other = torch.randn(2, len(expert), 8, generator=generator)
+    matrix = torch.randn(4, 12, 8, generator=generator)
+    grouped, single = (Groups(expert, 4, is_grouped=flag) for flag in (True, False))
+    for first, second in [
+        (grouped.times(rows, matrix.mT), single.times(rows, matrix.mT)),
+        (grouped.outer(rows, other), single.outer(rows, other)),
+    ]:
+        torch.testing.assert_close(first, second, atol=1e-5, rtol=0)
+
+
+def test_autocast_multiplies_in_its_dtype_and_keeps_float32_gradients() -> None:
+    p = draw((9, 8, 4, 3, 2), dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = run_experts(p, p.x, p.expert, p.weight)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), plain(p), atol=0.1, rtol=0.1)
+    out.float().sum().backward()
+    assert all(t.grad is not None and t.grad.dtype == torch.float32 for t in parameters(p))
+
+
+def test_frozen_experts_still_pass_their_inputs_gradient() -> None:
+    p = draw((5, 4, 3, 4, 2))
+    trained = torch.autograd.grad(run_experts(p, p.x, p.expert, p.weight).sum(), p.x)[0]
+    p.gate_up_proj.requires_grad_(False)
+    p.down_proj.requires_grad_(False)
+    frozen = torch.autograd.grad(run_experts(p, p.x, p.expert, p.weight).sum(), p.x)[0]
+    assert torch.equal(trained, frozen)
