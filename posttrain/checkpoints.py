@@ -16,7 +16,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-import posttrain.backbone  # noqa: F401 # pyright: ignore[reportUnusedImport]  registers V4ForCausalLM
+from posttrain.backbone import official  # the package registers V4ForCausalLM
 from posttrain.errors import CheckpointError
 
 
@@ -35,13 +35,16 @@ def save_checkpoint(
 
 
 def load_model(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A causal language model in eval mode, from a folder or a hub id.
+    """A causal language model in eval mode, from a folder or a hub id, in transformers' layout or,
+    a local folder, in DeepSeek-V4's official one.
 
     Raises:
         CheckpointError: no checkpoint there, or one whose tensors do not match its config.
     """
     _check_folder(folder)
     try:
+        if official.is_official(Path(folder)):
+            return official.load(Path(folder), dtype=dtype).eval()
         auto: Any = AutoModelForCausalLM
         model, info = auto.from_pretrained(folder, dtype=dtype, output_loading_info=True)
     except (OSError, ValueError) as error:

@@ -194,6 +194,31 @@ def report(
         print(rebuild_report(directory))
 
 
+@app.command()
+def doctor(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint's folder, or a stage's.")],
+    measure: Annotated[
+        bool | None,
+        typer.Option(
+            "--measure/--no-measure",
+            help="Load the model and compare padded with single rows.",
+            show_default="if it is small",
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what is in a checkpoint, and what is wrong with it."""
+    with user_errors():
+        from posttrain.pipeline.checks import checkpoint_folder
+
+        folder = checkpoint_folder(checkpoint)
+        from posttrain.doctor import examine
+
+        found = examine(folder, measure=measure)
+        print(json.dumps(found.json(), indent=1) if as_json else found.text())
+        found.raise_problems()
+
+
 def print_scores(evaluation: Any) -> None:
     """A table of an Evaluation's scores, one row per domain."""
     from rich.console import Console

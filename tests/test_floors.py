@@ -38,6 +38,7 @@ FLOORS = (  # a module may import from floors below its own, and from its own ro
     (("posttrain.tasks",), ("posttrain.evaluate_config",), ("posttrain.report_config",)),
     (("specialists",), ("distill",)),  # siblings: neither imports the other
     (
+        ("posttrain.doctor",),
         ("posttrain.evaluate",),
         ("posttrain.generate",),
         (

@@ -76,7 +76,7 @@ class V4Cache(Cache):
         like = like.detach()
         self.window, self.num_spare, self.capacity = config.sliding_window, num_spare, 0
         self.num_columns = 0
-        """Columns of the padded batch that `generate` has fed."""
+        """Columns of the padded batch that forwards have fed; 0 where `prefill` filled the rows."""
         self.is_on_host = like.device.type == "cpu"
         """Lengths can be looked at without waiting for a device."""
         self._length_B = torch.zeros(num_slots, dtype=torch.long, device=like.device)
@@ -177,8 +177,9 @@ class V4Cache(Cache):
                 "number, or call take_back"
             )
         if tokens_to_remove:
+            columns = self.get_seq_length()
             self.take_back(-tokens_to_remove)
-            self.num_columns += tokens_to_remove
+            self.num_columns = columns + tokens_to_remove
 
     def release(self, slots_D: Tensor) -> None:
         """Empty these slots: lengths and all that they hold are zero, so that not even a NaN of
@@ -221,8 +222,9 @@ class V4Cache(Cache):
     # What transformers' GenerationMixin asks of a cache.
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Columns of the padded batch fed so far; rows hold fewer tokens where they were padded."""
-        return self.num_columns
+        """Columns of the padded batch fed so far; rows hold fewer tokens where they were padded.
+        Rows that `prefill` filled are as if left padded to the longest."""
+        return self.num_columns or self.longest()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.reorder(beam_idx)
@@ -246,7 +248,7 @@ class V4Cache(Cache):
         raise NotImplementedError("V4Cache is filled by V4Model's layers, not by Cache.update")
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        return self.num_columns + query_length, 0
+        return self.get_seq_length() + query_length, 0
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
         return -1

@@ -61,7 +61,8 @@ def forward(
         raise ValueError("give input_ids (B, n), or inputs_embeds (B, n, H)")
     batch, columns = new.shape[:2]
     cache = cache_for(model, past_key_values, batch)
-    is_token_BS = new_tokens(attention_mask, (batch, columns), cache.num_columns, new.device)
+    past = cache.get_seq_length()
+    is_token_BS = new_tokens(attention_mask, (batch, columns), past, new.device)
     if position_ids is not None and columns > 1:
         check_positions(position_ids[..., -columns:], is_token_BS)
     cache.reserve(cache.longest() + columns)
@@ -77,7 +78,7 @@ def forward(
             slots=is_token_BS.any(dim=1).nonzero().squeeze(1),
         ).last_hidden_state
         cache.length_B = cache.length_B + is_token_BS.sum(dim=1)
-    cache.num_columns += columns
+    cache.num_columns = past + columns
     return hidden_BSH, cache
 
 

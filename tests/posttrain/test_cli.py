@@ -48,7 +48,7 @@ def test_help_answers_at_once_and_names_every_verb() -> None:
     result = posttrain("--help")
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
-    for verb in ("run", "plan", "recipes", "schema", "evaluate", "generate", "report"):
+    for verb in ("run", "plan", "recipes", "schema", "evaluate", "generate", "report", "doctor"):
         assert f" {verb} " in result.stdout
 
 
@@ -61,6 +61,7 @@ def test_help_answers_at_once_and_names_every_verb() -> None:
         ("evaluate", "nowhere", "--recipe", "quickstart"),
         ("generate", "nowhere", "hello"),
         ("report", "nowhere"),
+        ("doctor", "nowhere"),
     ],
 )
 def test_a_users_mistake_is_one_line_and_exit_code_2(

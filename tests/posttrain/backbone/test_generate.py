@@ -8,44 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
-from posttrain.backbone import V4Cache, V4ForCausalLM, generation, preset_config
+from posttrain.backbone import V4Cache, V4ForCausalLM, preset_config
 from posttrain.backbone.presets import CSA, HCA, SLIDING
 
 VOCAB, PAD = 61, 2
-
-
-class Cached0(V4ForCausalLM):
-    """`forward` as generation.py wants it wired."""
-
-    _is_stateful = False
-
-    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        logits_to_keep: int | Tensor = 0,
-        *,
-        past_key_values: object = None,
-        use_cache: bool | None = None,
-        **kwargs: Any,
-    ) -> MoeCausalLMOutputWithPast:
-        if not generation.wants_cache(self, past_key_values, use_cache):
-            return super().forward(
-                input_ids, attention_mask, position_ids, inputs_embeds, labels, logits_to_keep
-            )
-        hidden, cache = generation.forward(
-            self.model, input_ids, attention_mask, position_ids, past_key_values, inputs_embeds
-        )
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        return MoeCausalLMOutputWithPast(
-            logits=self.lm_head(hidden[:, keep]),
-            past_key_values=cache,  # pyright: ignore[reportArgumentType]
-        )
 
 
 def make_model(layer_types: Sequence[str] = (SLIDING, CSA, HCA), *, seed: int = 0) -> Any:
@@ -74,7 +41,6 @@ def make_model(layer_types: Sequence[str] = (SLIDING, CSA, HCA), *, seed: int = 
         for parameter in model.parameters():
             parameter.data += 0.1 * torch.randn_like(parameter)
         model.lm_head.weight.data *= 20
-    model.generation_config.use_cache = True
     return model
 
 
@@ -160,6 +126,16 @@ def test_the_cache_goes_on_from_call_to_call() -> None:
     assert torch.equal(twice, again)
     wanted = model.generate(ids, attention_mask=mask, use_cache=False, max_new_tokens=7, **options)
     assert torch.equal(again, wanted)
+
+
+def test_generate_goes_on_from_rows_that_were_prefilled() -> None:
+    model, prompts = make_model(), draw([12, 5], seed=12)
+    batch = left_padded([[*p, 7] for p in prompts])
+    cache = V4Cache(model.config, 2, like=model.lm_head.weight)
+    model.model.prefill(prompts, cache, [0, 1])
+    options: dict[str, Any] = {"do_sample": False, "max_new_tokens": 6}
+    found = model.generate(**batch, past_key_values=cache, **options)
+    assert torch.equal(found, model.generate(**batch, **options))
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 16])
