@@ -31,10 +31,12 @@ def orthogonalize(update: Tensor) -> Tensor:
     )
     is_tall = x.shape[-2] > x.shape[-1]
     x = x.mT if is_tall else x
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for a, b, c in NEWTON_SCHULZ:
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
+    shape = x.shape
+    x = (x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)).reshape(-1, *shape[-2:])
+    for a, b, c in NEWTON_SCHULZ:  # a x + (b G + c G G) x, G = x x^T: sums inside the products
+        gram = torch.bmm(x, x.mT)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    x = x.view(shape)
     return (x.mT if is_tall else x).to(update.dtype)
 
 

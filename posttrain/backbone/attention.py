@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.models.deepseek_v4 import modeling_deepseek_v4 as stock
 
 from posttrain.backbone import indexer, past, tiles
-from posttrain.backbone.auxiliary import attach
+from posttrain.backbone.auxiliary import attach, touch
 from posttrain.backbone.cache import V4Cache
 from posttrain.backbone.compressor import compress, compress_on, is_overlapping
 from posttrain.backbone.kernels import use_kernels
@@ -66,8 +66,30 @@ class Context:
         return self._rotation_E[rate, num_entries]
 
 
+class GroupedLinear(nn.Module):
+    """g independent products: (..., g, in) -> (..., g, out / g), with stock's one weight (out, in).
+
+    Stock's is an nn.Linear by name only, so PEFT's "all-linear" takes it for one and fails; it
+    also cannot take a batch without a token."""
+
+    def __init__(self, in_features: int, out_features: int, num_groups: int) -> None:
+        super().__init__()
+        self.num_groups = num_groups
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight_gio = self.weight.unflatten(0, (self.num_groups, -1)).transpose(1, 2)
+        out = torch.bmm(x.reshape(-1, *x.shape[-2:]).transpose(0, 1), weight_gio).transpose(0, 1)
+        return out.reshape(*x.shape[:-1], weight_gio.shape[-1])
+
+
 class V4Attention(stock.DeepseekV4Attention):
     """Stock's parameters over flat tokens and documents."""
+
+    def __init__(self, config: Any, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        out_features, in_features = self.o_a_proj.weight.shape
+        self.o_a_proj = GroupedLinear(in_features, out_features, config.o_groups)
 
     def forward(self, x_TH: Tensor, context: Context) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """x (T, H) -> (T, H), the indexer's loss attached where it is wanted."""
@@ -103,6 +125,11 @@ class V4Attention(stock.DeepseekV4Attention):
             outs.append(out)
             losses += [loss] if loss is not None else []
         out_TH = project_output(self, documents.merge(outs), rotation)
+        if self.compressor is not None and torch.is_grad_enabled():
+            has_entries = any(entries["compressor"].shape[1] for entries in compressed)
+            idle = self.compressor if not has_entries else getattr(self.compressor, "indexer", None)
+            if idle is not None and not losses:
+                out_TH = touch(out_TH, idle.parameters())
         if not losses or context.indexer_loss_scale is None:
             return out_TH
         return attach(out_TH, losses, context.indexer_loss_scale / len(x_TH))
@@ -126,7 +153,7 @@ class V4Attention(stock.DeepseekV4Attention):
         if self.compressor is None:
             return []
         modules: dict[str, Any] = {"compressor": self.compressor}
-        if hasattr(self.compressor, "indexer"):
+        if hasattr(self.compressor, "indexer") and self._needs_indexer(context):
             modules["indexer"] = self.compressor.indexer
         found: list[dict[str, Tensor]] = [{} for _ in context.documents.groups]
         for name, module in modules.items():
@@ -137,6 +164,16 @@ class V4Attention(stock.DeepseekV4Attention):
                     name, module, rows, rows.of(kv_TX), rows.of(gate_TX), context
                 )
         return found
+
+    def _needs_indexer(self, context: Context) -> bool:
+        """Whether some row has more entries than top-k, a loss is wanted, or a cache may grow."""
+        module: Any = self.compressor
+        most = max((rows.shape[1] for rows in context.documents.groups), default=0)
+        return (
+            most // module.compress_rate > module.indexer.index_topk
+            or context.indexer_loss_scale is not None
+            or context.cache is not None
+        )
 
     def _compress(
         self, name: str, module: Any, rows: Rows, kv_DLX: Tensor, gate_DLX: Tensor, context: Context
@@ -177,7 +214,7 @@ class V4Attention(stock.DeepseekV4Attention):
     ) -> list[indexer.Index]:
         """The indexer's view of each group; none where nothing depends on it."""
         module: Any = getattr(self.compressor, "indexer", None)
-        if module is None:
+        if module is None or not all("indexer" in entries for entries in compressed):
             return []
         most = max(entries["indexer"].shape[1] for entries in compressed)
         wants_loss = context.indexer_loss_scale is not None and most > 0

@@ -13,7 +13,7 @@ attached outside trains too, but keeps the layer's recomputed activations longer
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -71,3 +71,27 @@ def scale_own_losses(model: Any, scale: float | Tensor) -> None:
     mean. A model without such losses stays as it is."""
     if hasattr(model.base_model, "auxiliary_scale"):
         model.base_model.auxiliary_scale = scale
+
+
+class Touch(torch.autograd.Function):
+    """Identity on the hidden states; zeros to each parameter on the way back."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.save_for_backward(*parameters)
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        needed = ctx.needs_input_grad[1:]
+        zeros = [
+            torch.zeros_like(p) if is_needed else None
+            for p, is_needed in zip(ctx.saved_tensors, needed, strict=True)
+        ]
+        return grads[0], *zeros
+
+
+def touch(hidden: Tensor, parameters: Iterable[Tensor]) -> Tensor:
+    """`hidden` again; its backward gives the parameters a gradient of zeros where nothing else
+    does: a rank whose rows are too short for a compressor would keep the others waiting."""
+    return Touch.apply(hidden, *parameters)  # pyright: ignore[reportReturnType]

@@ -24,12 +24,22 @@ from posttrain.backbone.routing import RouteTape, route
 grouped_mm: Any = getattr(F, "grouped_mm", None) or vars(torch)["_grouped_mm"]  # before 2.10
 
 
+class V4Experts(stock.DeepseekV4Experts):
+    """Stock's parameters. A module that is called: PEFT's `target_parameters` put their weights in
+    place for the time of the call."""
+
+    def forward(self, x_TH: Tensor, expert_Tk: Tensor, weight_Tk: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """x (T, H), chosen experts and their weights (T, k) -> (T, H)."""
+        return run_experts(self, x_TH, expert_Tk, weight_Tk)
+
+
 class V4SparseMoeBlock(stock.DeepseekV4SparseMoeBlock):
     """Stock's router, experts and shared expert over flat tokens."""
 
     def __init__(self, config: DeepseekV4Config, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
         self.layer_idx = layer_idx
+        self.experts = V4Experts(config)
 
     def forward(self, x_TH: Tensor, token_id_T: Tensor, context: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """x (T, H), token ids (T,) for hash layers -> (T, H), the balance loss attached where it
@@ -39,7 +49,7 @@ class V4SparseMoeBlock(stock.DeepseekV4SparseMoeBlock):
         routes = route(self.gate, x_TH, token_id_T, is_hash=self.is_hash, replay_Tk=replay_Tk)
         if tape:
             tape.record(self.layer_idx, self.gate, routes, is_hash=self.is_hash)
-        out_TH = run_experts(self.experts, x_TH, routes.expert_Tk, routes.weight_Tk)
+        out_TH = self.experts(x_TH, routes.expert_Tk, routes.weight_Tk)
         out_TH = out_TH + self.shared_experts(x_TH)
         scale = getattr(context, "balance_loss_scale", None)
         if scale is None or self.is_hash:

@@ -16,18 +16,19 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM
-from transformers import initialization as init
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.models.deepseek_v4 import DeepseekV4Config
 from transformers.models.deepseek_v4 import modeling_deepseek_v4 as stock
+from transformers.utils import can_return_tuple
 
 from posttrain.backbone import generation
-from posttrain.backbone.attention import Context, V4Attention
+from posttrain.backbone.attention import Context
 from posttrain.backbone.balance import LoadMeter
 from posttrain.backbone.cache import V4Cache
-from posttrain.backbone.decode import DecodeContext, context_of, decode_attention
-from posttrain.backbone.experts import V4SparseMoeBlock, balanced_hash_table
-from posttrain.backbone.hyper_connections import V4HyperConnection, mix
+from posttrain.backbone.decode import DecodeContext, context_of
+from posttrain.backbone.hyper_connections import V4HyperHead
+from posttrain.backbone.layer import V4DecoderLayer
+from posttrain.backbone.pretrained import DEFAULTS, V4PreTrainedModel
 from posttrain.backbone.rope import rotations
 from posttrain.backbone.routing import ExpertChoices, RouteTape
 from posttrain.backbone.segments import Documents, continued, find_documents
@@ -47,68 +48,12 @@ class V4CausalLMOutput(MoeCausalLMOutputWithPast):
     routes: ExpertChoices | None = None
 
 
-class V4DecoderLayer(stock.DeepseekV4DecoderLayer):
-    """Attention, then experts, each between hyper-connections (V4 report 2.2)."""
-
-    def __init__(self, config: DeepseekV4Config, layer_idx: int) -> None:
-        super(stock.DeepseekV4DecoderLayer, self).__init__()
-        self.layer_idx = layer_idx
-        self.self_attn = V4Attention(config, layer_idx)
-        self.mlp = V4SparseMoeBlock(config, layer_idx)
-        self.input_layernorm = stock.DeepseekV4RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = stock.DeepseekV4RMSNorm(
-            config.hidden_size, eps=config.rms_norm_eps
-        )
-        self.attn_hc = V4HyperConnection(config)
-        self.ffn_hc = V4HyperConnection(config)
-
-    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, x_TNH: Tensor, token_id_T: Tensor, context: Context | DecodeContext
-    ) -> Tensor:
-        """Streams (T, N, H) -> (T, N, H)."""
-        post, comb, collapsed = self.attn_hc(x_TNH)
-        normed = self.input_layernorm(collapsed)
-        if isinstance(context, DecodeContext):
-            out = decode_attention(self.self_attn, normed, context)
-        else:
-            out = self.self_attn(normed, context)
-        x_TNH = mix(x_TNH, out, post, comb)
-        post, comb, collapsed = self.ffn_hc(x_TNH)
-        out = self.mlp(self.post_attention_layernorm(collapsed), token_id_T, context)
-        return mix(x_TNH, out, post, comb)
-
-
-class V4PreTrainedModel(stock.DeepseekV4PreTrainedModel):
-    """What both classes share: initial values and the names that are saved."""
-
-    _no_split_modules = ["V4DecoderLayer", "V4MTPBlock"]
-    _keep_in_fp32_modules_strict = [
-        *(stock.DeepseekV4PreTrainedModel._keep_in_fp32_modules_strict or ()),
-        "enorm",
-        "hnorm",
-    ]
-    _is_stateful = False  # our cache can be cropped, so assisted generation may take tokens back
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(
-            module, stock.DeepseekV4HashRouter
-        ):  # stock leaves zeros: every token to expert 0
-            vocab_size, top_k = module.tid2eid.shape
-            table = balanced_hash_table(vocab_size, top_k, module.num_experts)
-            init.copy_(module.tid2eid, table)
-
-    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """As transformers', in transformers' own names: the default for a subclass is a mixture of
-        both layouts that the stock class reads with the embedding missing."""
-        super().save_pretrained(save_directory, *args, **{"save_original_format": False, **kwargs})
-
-
 class V4Model(V4PreTrainedModel, stock.DeepseekV4Model):
     """Token ids to last hidden states."""
 
     def __init__(self, config: DeepseekV4Config) -> None:
+        for name, value in DEFAULTS.items():
+            setattr(config, name, getattr(config, name, value))
         super(stock.DeepseekV4Model, self).__init__(config)
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
@@ -118,15 +63,17 @@ class V4Model(V4PreTrainedModel, stock.DeepseekV4Model):
         )
         self.norm = stock.DeepseekV4RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = stock.DeepseekV4RotaryEmbedding(config)
-        self.hc_head = stock.DeepseekV4HyperHead(config)
+        self.hc_head = V4HyperHead(config)
         self.gradient_checkpointing = False
         self.auxiliary_scale: float | Tensor = 1.0
         """The gradient of the layers' own losses, each a mean over a forward's tokens: a trainer
         that accumulates micro-batches sets it to this one's share of the step's tokens."""
         self.load_meter: LoadMeter | None = None
         """Counts how many tokens go to each expert in training (balance.BalanceExperts)."""
+        self._widen()
         self.post_init()
 
+    @can_return_tuple
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         input_ids: Tensor | None = None,
@@ -176,13 +123,22 @@ class V4Model(V4PreTrainedModel, stock.DeepseekV4Model):
             tape = RouteTape(len(self.layers), replay_routes)
         cache = past_key_values if slots is not None else None
         context = self._context(documents, cast("V4Cache | None", cache), slots, tape)
+        wanted = kwargs.get("output_hidden_states")
+        wanted = self.config.output_hidden_states if wanted is None else wanted
+        streams: list[Tensor] = []
         hidden_TH = self._layers(
-            embeds.flatten(0, 1)[documents.token_T], token_ids.flatten()[documents.token_T], context
+            embeds.flatten(0, 1)[documents.token_T],
+            token_ids.flatten()[documents.token_T],
+            context,
+            streams if wanted else None,
         )
+        last = documents.to_batch(hidden_TH, shape)
+        seen = (*(documents.to_batch(x, shape) for x in streams), last) if wanted else None
         if counts and tape is not None and self.load_meter is not None:
             self.load_meter.add(tape.choices, self.config.n_routed_experts)
         return V4ModelOutput(
-            last_hidden_state=documents.to_batch(hidden_TH, shape),  # pyright: ignore[reportArgumentType]
+            last_hidden_state=last,  # pyright: ignore[reportArgumentType]
+            hidden_states=seen,  # pyright: ignore[reportArgumentType]
             routes=tape.choices if tape is not None and capture_routes else None,
         )
 
@@ -229,7 +185,7 @@ class V4Model(V4PreTrainedModel, stock.DeepseekV4Model):
         hidden state of each, (len(sequences), H)."""
         device = self.embed_tokens.weight.device
         lengths = [len(ids) for ids in sequences]
-        cache.length_B[torch.tensor(slots, device=device)] = 0
+        cache.release(torch.tensor(slots, device=device))
         cache.reserve(max(lengths))
         last = self.embed_tokens.weight.new_zeros(len(sequences), self.config.hidden_size)
         for first in range(0, max(lengths), chunk):
@@ -265,10 +221,16 @@ class V4Model(V4PreTrainedModel, stock.DeepseekV4Model):
         return hidden_BH
 
     def _layers(
-        self, embeds_TH: Tensor, token_id_T: Tensor, context: Context | DecodeContext
+        self,
+        embeds_TH: Tensor,
+        token_id_T: Tensor,
+        context: Context | DecodeContext,
+        streams: list[Tensor] | None = None,
     ) -> Tensor:
-        x_TNH = embeds_TH.unsqueeze(1).expand(-1, self.config.hc_mult, -1).contiguous()
+        x_TNH = embeds_TH.unsqueeze(1).expand(-1, self.config.hc_mult, -1)
         for layer in self.layers:
+            if streams is not None:
+                streams.append(x_TNH)
             x_TNH = layer(x_TNH, token_id_T=token_id_T, context=context)
         return self.norm(self.hc_head(x_TNH.unsqueeze(0)).squeeze(0))
 
@@ -292,17 +254,6 @@ class V4Model(V4PreTrainedModel, stock.DeepseekV4Model):
         return self.embed_tokens(input_ids) if embeds is None else embeds, input_ids
 
 
-DEFAULTS: dict[str, Any] = {
-    "indexer_loss_weight": 1.0,
-    "indexer_warmup": False,
-    "balance_loss_weight": 0.0,
-    "with_mtp": False,
-}
-"""Fields that our config has beside the stock one's. `indexer_warmup`: attention sees all entries
-and the indexer learns from it, before it chooses (V3.2 report 2.1.1). `balance_loss_weight`: of the
-loss in each document's experts; V4 was pre-trained with 1e-4 (balance.py)."""
-
-
 class V4ForCausalLM(V4PreTrainedModel, stock.DeepseekV4ForCausalLM):
     """`AutoModelForCausalLM` gives this class for deepseek_v4 once `posttrain.backbone` is
     imported."""
@@ -314,8 +265,6 @@ class V4ForCausalLM(V4PreTrainedModel, stock.DeepseekV4ForCausalLM):
         config.auto_map = {}
         config.router_aux_loss_coef = 0.0  # Switch's loss over raw logits, not V4's
         config.num_experts = config.n_routed_experts  # the name TRL reads
-        for name, value in DEFAULTS.items():
-            setattr(config, name, getattr(config, name, value))
         super(stock.DeepseekV4ForCausalLM, self).__init__(config)
         self.model = V4Model(config)
         self.vocab_size = config.vocab_size
@@ -329,6 +278,7 @@ class V4ForCausalLM(V4PreTrainedModel, stock.DeepseekV4ForCausalLM):
         self.num_experts_per_tok = config.num_experts_per_tok
         self.post_init()
 
+    @can_return_tuple
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         input_ids: Tensor | None = None,
@@ -354,18 +304,23 @@ class V4ForCausalLM(V4PreTrainedModel, stock.DeepseekV4ForCausalLM):
             use_cache=use_cache,
             replay_routes=replay_routes,
             capture_routes=capture_routes,
+            return_dict=True,
+            output_hidden_states=kwargs.get("output_hidden_states"),
         )
         hidden = output.last_hidden_state
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(hidden[:, keep])
         loss = None
         if labels is not None:
-            passed = {k: v for k, v in kwargs.items() if k == "num_items_in_batch"}
+            passed = {
+                k: v for k, v in kwargs.items() if k in ("num_items_in_batch", "shift_labels")
+            }
             loss = cast("Any", self.loss_function)(logits, labels, self.vocab_size, **passed)
         return V4CausalLMOutput(
             loss=loss,
             logits=logits,
             past_key_values=output.past_key_values,
+            hidden_states=output.hidden_states,
             routes=output.routes,
         )
 

@@ -30,7 +30,9 @@ from transformers.models.deepseek_v4 import modeling_deepseek_v4 as stock
 
 from posttrain.backbone.attention import Context
 from posttrain.backbone.decode import DecodeContext
-from posttrain.backbone.model import V4DecoderLayer, V4Model
+from posttrain.backbone.hyper_connections import V4HyperHead
+from posttrain.backbone.layer import V4DecoderLayer
+from posttrain.backbone.model import V4Model
 
 
 def mtp_config(config: DeepseekV4Config) -> DeepseekV4Config:
@@ -57,7 +59,7 @@ class V4MTPBlock(V4DecoderLayer):
         self.enorm = stock.DeepseekV4RMSNorm(size, eps=eps)
         self.hnorm = stock.DeepseekV4RMSNorm(size, eps=eps)
         self.norm = stock.DeepseekV4RMSNorm(size, eps=eps)
-        self.hc_head = stock.DeepseekV4HyperHead(config)
+        self.hc_head = V4HyperHead(config)
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, x_TNH: Tensor, embed_TH: Tensor, context: Context | DecodeContext

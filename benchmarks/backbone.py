@@ -1,0 +1,330 @@
+"""V4ForCausalLM against stock transformers, in one run: `python benchmarks/backbone.py`.
+
+Both have the same weights; fp32, one thread. Every measurement is a process of its own. Times are
+medians of interleaved repeats, in seconds of processor time (of the process, so that a busy
+machine disturbs them less) and of the wall clock; memory is the peak above what the process held
+once the model was built. The indexer's loss is off, since stock has none.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers.models.deepseek_v4 import DeepseekV4ForCausalLM
+
+from posttrain.backbone import V4Cache, V4ForCausalLM, preset_config
+from posttrain.backbone.presets import CSA, HCA, PRESETS
+from posttrain.tokenizer import build_tokenizer
+
+Json = dict[str, Any]
+Step = Callable[[], object]
+PRESETS["long"] = {  # hidden 256, 8 heads of 64, window 128, CSA 4 top-512, HCA 128
+    **PRESETS["tiny"],
+    "hidden_size": 256,
+    "moe_intermediate_size": 128,
+    "num_attention_heads": 8,
+    "head_dim": 64,
+    "q_lora_rank": 128,
+    "index_topk": 512,
+    "sliding_window": 128,
+    "compress_rates": {CSA: 4, HCA: 128},
+    "max_position_embeddings": 131072,
+}
+DECODED_LENGTHS = (16, 80)
+"""Prompts of the decoded rows are spread evenly from the one to the other."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """`Row("train", 64, 32)`: forward and backward of 64 rows of 32 tokens."""
+
+    kind: str
+    """"train", "decode" (eager) or "compiled" (the step as one graph)."""
+    rows: int
+    tokens: int
+    is_long: bool = False
+    """The "long" preset, and each layer of ours computed again in the backward."""
+    has_stock: bool = True
+    repeats: int = 9
+    target: float = 0.0
+    """Ours is to be at least so many times as fast as stock."""
+
+    @property
+    def name(self) -> str:
+        step = {"train": "forward + backward", "decode": "decode step, eager"}
+        what = step.get(self.kind, "decode step, compiled")
+        return (
+            f"{what}, {self.rows} rows"
+            if self.kind != "train"
+            else f"{what}, {self.rows} x {self.tokens:,}"
+        )
+
+
+ROWS = (
+    Row("train", 64, 32, target=2.3),
+    Row("train", 16, 128, target=2.3),
+    Row("decode", 64, 1, repeats=31, target=2.0),
+    Row("train", 1, 4096, is_long=True, repeats=3, target=10.0),
+    Row("train", 1, 8192, is_long=True, repeats=1, target=18.0),
+)
+COMPILED_ROWS = (Row("compiled", 64, 1, repeats=31, target=5.0),)
+LONG_ROWS = tuple(
+    Row("train", 1, tokens, is_long=True, has_stock=False, repeats=1)
+    for tokens in (16384, 32768, 65536)
+)
+
+
+def main() -> None:
+    arguments = parse()
+    if arguments.worker:
+        torch.set_num_threads(1)
+        row, what = Row(**json.loads(arguments.worker[0])), arguments.worker[1]
+        found = times(row) if what == "times" else {"peak_mib": peak_mib(row, what)}
+        sys.stdout.write(json.dumps(found) + "\n")
+        return
+    rows = (
+        *ROWS,
+        *(COMPILED_ROWS if arguments.compiled else ()),
+        *(LONG_ROWS if arguments.long else ()),
+    )
+    data: Json = {**machine(), "rows": []}
+    for row in rows:
+        if arguments.only and arguments.only not in row.name:
+            continue
+        if row.tokens > arguments.stock_up_to:
+            row = replace(row, has_stock=False)
+        data["rows"].append(measure(row))
+        arguments.json.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+        arguments.page.write_text(page(data), encoding="utf-8")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--page", type=Path, default=Path("docs/backbone-speed.md"))
+    parser.add_argument("--json", type=Path, help="default: beside the page")
+    parser.add_argument("--long", action="store_true", help="also ours alone at 16k to 64k tokens")
+    parser.add_argument("--compiled", action="store_true", help="also the compiled decode step")
+    parser.add_argument("--only", default="", help="only the rows whose name has this in it")
+    parser.add_argument(
+        "--stock-up-to",
+        type=int,
+        default=8192,
+        help="leave stock out above so many tokens: at 8,192 it takes 16.5 GiB and minutes",
+    )
+    parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    arguments.json = arguments.json or arguments.page.with_suffix(".json")
+    return arguments
+
+
+def machine() -> Json:
+    """What the numbers depend on."""
+    cpu = platform.processor()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        lines = [x for x in info.read_text("utf-8").splitlines() if x.startswith("model name")]
+        cpu = lines[0].partition(":")[2].strip() if lines else cpu
+    return {
+        "date": f"{datetime.now(UTC):%Y-%m-%d}",
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "load": round(os.getloadavg()[0], 1),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
+
+
+def measure(row: Row) -> Json:
+    """One row of the table: times in one process, then each model's peak in its own."""
+    found: Json = {**asdict(row), "name": row.name, **run_worker(row, "times")}
+    if row.kind == "train":
+        models = ("ours", "stock") if row.has_stock else ("ours",)
+        found["peak_mib"] = {name: run_worker(row, name)["peak_mib"] for name in models}
+    return found
+
+
+def run_worker(row: Row, what: str) -> Json:
+    """`times` of a row, or `peak_mib` of "ours" or "stock", in a process of its own."""
+    started = time.monotonic()
+    sys.stderr.write(f"{row.name}: {what} ...")
+    sys.stderr.flush()
+    command = [sys.executable, __file__, "--worker", json.dumps(asdict(row)), what]
+    done = subprocess.run(
+        command,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        text=True,
+        check=True,
+    )
+    found: Json = json.loads(done.stdout.splitlines()[-1])
+    sys.stderr.write(f" {time.monotonic() - started:.0f} s\n")
+    return found
+
+
+def times(row: Row) -> Json:
+    """Median seconds a step of each model, repeats interleaved: {"processor_s": {"ours": ..}}."""
+    steps = {name: build(row, name) for name in (("ours", "stock") if row.has_stock else ("ours",))}
+    processor: dict[str, list[float]] = {name: [] for name in steps}
+    wall: dict[str, list[float]] = {name: [] for name in steps}
+    for repeat in range(row.repeats + 1):
+        for name, step in steps.items():
+            before = time.process_time(), time.perf_counter()
+            step()
+            if repeat or row.repeats == 1:  # the first warms up; a single repeat is its own
+                processor[name].append(time.process_time() - before[0])
+                wall[name].append(time.perf_counter() - before[1])
+        if row.repeats == 1:
+            break
+    return {
+        "processor_s": {name: statistics.median(x) for name, x in processor.items()},
+        "wall_s": {name: statistics.median(x) for name, x in wall.items()},
+    }
+
+
+def peak_mib(row: Row, name: str) -> float:
+    """The peak of one step's resident memory above that of the built model, MiB."""
+    step = build(row, name)
+    base = memory_mib("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # forget the peak so far
+    step()
+    return memory_mib("VmHWM") - base
+
+
+def memory_mib(field: str) -> float:
+    """A line of Linux's /proc/self/status."""
+    lines = Path("/proc/self/status").read_text("ascii").splitlines()
+    return next(int(x.split()[1]) for x in lines if x.startswith(field)) / 1024
+
+
+def build(row: Row, name: str) -> Step:
+    """A step of "ours" or "stock" with the same weights and inputs: a function to call."""
+    tokenizer: Any = build_tokenizer()
+    make_config: Any = preset_config  # "long" is known here alone
+    config = make_config(
+        "long" if row.is_long else "tiny",
+        vocab_size=len(tokenizer),
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    config.update({"indexer_loss_weight": 0.0})
+    torch.manual_seed(0)
+    model: Any = V4ForCausalLM(config)
+    if name == "stock":
+        weights = model.state_dict()
+        model = DeepseekV4ForCausalLM(config)
+        model.load_state_dict(weights)
+    elif row.is_long:
+        older = model.gradient_checkpointing_enable  # warns that it has a new name, where it has
+        getattr(model, "activation_checkpointing_enable", older)()
+    generator = torch.Generator().manual_seed(0)
+    if row.kind == "train":
+        ids = torch.randint(3, config.vocab_size, (row.rows, row.tokens), generator=generator)
+        return lambda: train_step(model.train(), ids)
+    longest = DECODED_LENGTHS[1]
+    ids = torch.randint(3, config.vocab_size, (row.rows, longest), generator=generator)
+    if name == "stock":
+        return stock_decode(model.eval(), ids)
+    return our_decode(model.eval(), ids, is_compiled=row.kind == "compiled", repeats=row.repeats)
+
+
+def train_step(model: Any, ids: Tensor) -> None:
+    model.zero_grad(set_to_none=True)
+    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+
+
+def our_decode(model: Any, ids: Tensor, *, is_compiled: bool, repeats: int) -> Step:
+    """One token more in every row, rows of their own lengths, as the rollout engine does it."""
+    first, last = DECODED_LENGTHS
+    lengths = torch.linspace(first, last, len(ids)).int().tolist()
+    cache = V4Cache(model.config, len(ids), like=model.lm_head.weight)
+    cache.reserve(last + repeats + 2)
+    prompts = [row[:n].tolist() for row, n in zip(ids, lengths, strict=True)]
+    model.model.prefill(prompts, cache, list(range(len(ids))))
+    decode = model.model.decode
+    if is_compiled:
+        from posttrain.backbone.compiled import compiled_decode  # starts a compiler
+
+        decode = compiled_decode(model.model)
+    is_live_B = torch.ones(len(ids), dtype=torch.long)
+
+    @torch.no_grad()
+    def step() -> Tensor:
+        return model.lm_head(decode(ids[:, -1], cache, is_live_B))
+
+    return step
+
+
+def stock_decode(model: Any, ids: Tensor) -> Step:
+    """One token more in every row with stock's cache. All rows have the longest's length: stock
+    is wrong on rows of their own lengths, which it would pad on the left."""
+    with torch.no_grad():
+        cache = model(input_ids=ids, use_cache=True).past_key_values
+
+    @torch.no_grad()
+    def step() -> Tensor:
+        return model(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True).logits
+
+    return step
+
+
+def page(data: Json) -> str:
+    """The markdown page: where it was measured, and a table."""
+    versions = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
+    lines = [
+        "# The backbone against stock transformers",
+        "",
+        f"{data['date']}, {data['cpu']}, one thread of {data['cores']}, load {data['load']} at the "
+        f"start, {versions}, fp32, same weights. Written by `benchmarks/backbone.py`, which says "
+        "how; ratios are of processor time. In rows of 4,096 tokens and more ours computes each "
+        "layer again in the backward.",
+        "",
+        "| step | stock s | ours s | ratio | target | ours wall s | stock MiB | ours MiB | ratio |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    return "\n".join([*lines, *(table_row(row) for row in data["rows"])]) + "\n"
+
+
+def table_row(row: Json) -> str:
+    seconds, peaks = row["processor_s"], row.get("peak_mib", {})
+    return " | ".join(
+        [
+            f"| {row['name']}",
+            number(seconds, "stock", ".4g"),
+            number(seconds, "ours", ".4g"),
+            ratio(seconds),
+            f"{row['target']:g}" if row["target"] else "-",
+            number(row["wall_s"], "ours", ".4g"),
+            number(peaks, "stock", ".0f"),
+            number(peaks, "ours", ".0f"),
+            f"{ratio(peaks)} |",
+        ]
+    )
+
+
+def number(values: Mapping[str, float], name: str, form: str) -> str:
+    return format(values[name], form) if name in values else "-"
+
+
+def ratio(values: Mapping[str, float]) -> str:
+    return f"{values['stock'] / values['ours']:.2f}" if len(values) == 2 else "-"
+
+
+if __name__ == "__main__":
+    main()

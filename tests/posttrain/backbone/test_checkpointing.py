@@ -1,0 +1,179 @@
+"""Gradient checkpointing: the same bits, computed twice and not kept.
+
+`gradient_checkpointing_enable` is what TRL's trainers call by default; a layer is the unit."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from posttrain.backbone import V4ForCausalLM, preset_config
+from posttrain.backbone.presets import CSA, HCA, SLIDING
+
+pytestmark = [
+    # transformers 5.23 has a new name for the method that TRL 1.16 and PEFT 0.21 call
+    pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing.*` is deprecated"),
+]
+
+VOCAB = 61
+
+
+@pytest.fixture
+def model() -> V4ForCausalLM:
+    """Six layers; window (7), top-k (4) and rates (4, 8) shorter than the documents."""
+    config = preset_config("tiny", vocab_size=VOCAB, bos_token_id=0, eos_token_id=1, pad_token_id=2)
+    config.update(
+        {
+            "layer_types": [SLIDING, CSA, HCA, CSA, HCA, CSA],
+            "mlp_layer_types": ["hash_moe"] * 2 + ["moe"] * 4,
+            "num_hidden_layers": 6,
+            "hidden_size": 32,
+            "moe_intermediate_size": 16,
+            "compress_rates": {CSA: 4, HCA: 8},
+            "sliding_window": 7,
+            "index_topk": 4,
+        }
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = V4ForCausalLM(config)
+        for parameter in model.parameters():
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    return model.train()
+
+
+def draw(rows: int, columns: int) -> tuple[Tensor, Tensor]:
+    """Ids (rows, columns), padded on the left, on the right and not at all."""
+    ids = torch.randint(3, VOCAB, (rows, columns), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    mask[1, -9:] = 0
+    return ids, mask
+
+
+def loss_of(model: V4ForCausalLM, columns: int = 40) -> Tensor:
+    ids, mask = draw(3, columns)
+    loss = model(ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss
+    assert loss is not None
+    return loss
+
+
+def gradients(model: V4ForCausalLM) -> dict[str, Tensor]:
+    model.zero_grad()
+    loss_of(model).backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same_bits(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    assert found.keys() == wanted.keys()
+    different = [
+        name for name, gradient in wanted.items() if not torch.equal(found[name], gradient)
+    ]
+    assert different == []
+
+
+KINDS: Sequence[dict[str, Any] | None] = (None, {"use_reentrant": False}, {"use_reentrant": True})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_checkpointed_gradients_are_the_same_bits(
+    model: V4ForCausalLM, kind: dict[str, Any] | None
+) -> None:
+    wanted = gradients(model)
+    assert all(g.any() for n, g in wanted.items() if ".indexer." in n)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kind)
+    assert model.is_gradient_checkpointing
+    assert_same_bits(gradients(model), wanted)
+    model.gradient_checkpointing_disable()
+    assert_same_bits(gradients(model), wanted)
+
+
+def kept_bytes(model: V4ForCausalLM, columns: int) -> int:
+    """Of activations that a forward leaves for its backward: each storage once, no parameter."""
+    own = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
+    kept: dict[int, Tensor] = {}  # held, so that no address is used twice
+
+    def pack(tensor: Tensor) -> Tensor:
+        address = tensor.untyped_storage().data_ptr()
+        if address not in own:
+            kept[address] = tensor
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = loss_of(model, columns)
+    size = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    loss.backward()  # frees what the checkpoints hold
+    return size
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_checkpointing_keeps_a_sixth_of_the_activations_at_most(
+    model: V4ForCausalLM, kind: dict[str, Any] | None
+) -> None:
+    # six layers: what is kept is less than one of them keeps by itself, besides its input
+    plain = kept_bytes(model, 96)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kind)
+    assert kept_bytes(model, 96) < plain / 6
+
+
+class Products(TorchDispatchMode):
+    """Counts matrix products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.count += func.overloadpacket in PRODUCTS
+        return func(*args, **(kwargs or {}))
+
+
+PRODUCTS = {torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.baddbmm}
+
+
+def num_products(model: V4ForCausalLM, *, is_backward_too: bool = True) -> int:
+    with Products() as products:
+        loss = loss_of(model)
+        if is_backward_too:
+            loss.backward()
+    return products.count
+
+
+def test_checkpointing_runs_every_layers_forward_a_second_time(model: V4ForCausalLM) -> None:
+    plain, forward = num_products(model), num_products(model, is_backward_too=False)
+    model.gradient_checkpointing_enable()
+    again = num_products(model) - plain
+    # recomputing ends with the last tensor that backward needs; embedding and head stay outside
+    assert 0.7 * forward < again < forward
+
+
+def test_every_second_layer_lies_between(model: V4ForCausalLM) -> None:
+    plain, wanted = num_products(model), gradients(model)
+    model.gradient_checkpointing_enable()
+    all_layers = num_products(model)
+    try:
+        model.gradient_checkpointing_enable(every_n_layers=2)
+    except TypeError:
+        pytest.skip("this transformers checkpoints all layers or none")
+    assert plain < num_products(model) < all_layers
+    assert_same_bits(gradients(model), wanted)
+
+
+def test_evaluation_and_frozen_embeddings(model: V4ForCausalLM) -> None:
+    model.gradient_checkpointing_enable()
+    for parameter in model.model.embed_tokens.parameters():
+        parameter.requires_grad_(False)
+    found = gradients(model)
+    model.gradient_checkpointing_disable()
+    assert_same_bits(found, gradients(model))
+    model.gradient_checkpointing_enable()
+    ids, mask = draw(3, 40)
+    with torch.no_grad():
+        training = model(ids, attention_mask=mask).logits
+        assert torch.equal(model.eval()(ids, attention_mask=mask).logits, training)
