@@ -18,7 +18,6 @@ from transformers.models.deepseek_v4 import modeling_deepseek_v4 as stock
 from transformers.utils.generic import maybe_autocast
 
 from posttrain.backbone.balance import attach_balance
-from posttrain.backbone.fp4_experts import PackedExperts
 from posttrain.backbone.routing import RouteTape, route
 
 grouped_mm: Any = getattr(F, "grouped_mm", None) or vars(torch)["_grouped_mm"]  # before 2.10
@@ -61,8 +60,6 @@ class V4SparseMoeBlock(stock.DeepseekV4SparseMoeBlock):
 def run_experts(experts: Any, x_TH: Tensor, expert_Tk: Tensor, weight_Tk: Tensor) -> Tensor:
     """sum_j weight[t, j] * expert[t, j](x[t]), (T, H). Every expert takes part, with no rows if
     need be, so that every expert has a gradient on every rank."""
-    if isinstance(experts, PackedExperts):  # only those that are used are dequantised
-        experts, expert_Tk = experts.used(expert_Tk)
     device = x_TH.device.type
     is_cast = torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if is_cast else x_TH.dtype

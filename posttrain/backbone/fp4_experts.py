@@ -17,6 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from posttrain.backbone.experts import run_experts
 from posttrain.backbone.fp4 import E8M0, GROUP, dequantize_mxfp4, quantize_mxfp4
 
 
@@ -82,7 +83,7 @@ class UsedExperts:
 
 class PackedExperts(nn.Module):
     """In the place of a block's experts. Who reads `gate_up_proj` gets all of them dequantised,
-    a layer's at a time; `used` gives only those that are needed, to `run_experts`."""
+    a layer's at a time; a forward dequantises only those that are needed."""
 
     def __init__(self, experts: Any) -> None:
         """Room for the packed form of `experts`, a stock DeepseekV4Experts; not yet filled."""
@@ -102,6 +103,11 @@ class PackedExperts(nn.Module):
     def down_proj(self) -> Tensor:
         """(E, H, J / 2)."""
         return self.down.some(range(self.num_experts))
+
+    def forward(self, x_TH: Tensor, expert_Tk: Tensor, weight_Tk: Tensor) -> Tensor:
+        """What `V4Experts` gives, (T, H)."""
+        used, place_Tk = self.used(expert_Tk)
+        return run_experts(used, x_TH, place_Tk, weight_Tk)
 
     def used(self, expert_Tk: Tensor) -> tuple[UsedExperts, Tensor]:
         """The experts in `expert_Tk` and the same choices as places among them, (T, k). In the
