@@ -18,6 +18,7 @@ from posttrain.backbone import indexer, past, tiles
 from posttrain.backbone.auxiliary import attach, touch
 from posttrain.backbone.cache import V4Cache
 from posttrain.backbone.compressor import compress, compress_on, is_overlapping
+from posttrain.backbone.fake_quant import rounded_index, rounded_kv
 from posttrain.backbone.kernels import use_kernels
 from posttrain.backbone.rope import rotate, rotations
 from posttrain.backbone.routing import RouteTape
@@ -97,6 +98,7 @@ class V4Attention(stock.DeepseekV4Attention):
         rotation = context.rotation_T[self.rope_layer_type].unsqueeze(1)
         latent_TR, q_Thd = project_queries(self, x_TH, rotation)
         kv_Td = rotate(self.kv_norm(self.kv_proj(x_TH)), rotation.squeeze(1))
+        kv_Td = rounded_kv(self.config, kv_Td)
         compressed = self._compressed(x_TH, context)
         index = self._index(x_TH, latent_TR, compressed, context)
         attend = tiles.attend
@@ -183,7 +185,7 @@ class V4Attention(stock.DeepseekV4Attention):
         cache, slot_D = context.cache, context.slot_D
         if cache is None or slot_D is None or rows.start_D is None:
             rotation = context.entry_rotation(rate, kv_DLX.shape[1] // rate, None)
-            entry_DEC = compress(module, kv_DLX, gate_DLX, rotation)
+            entry_DEC = self._rounded(name, compress(module, kv_DLX, gate_DLX, rotation))
             if cache is None or slot_D is None:
                 return entry_DEC
         else:
@@ -198,12 +200,17 @@ class V4Attention(stock.DeepseekV4Attention):
             most = past.most_new_entries(start_D, rows.length_D, rate)
             rotation = context.entry_rotation(rate, most, start_D)
             entry_DEC = compress_on(module, kv, gate, start_D, rotation)
+            entry_DEC = self._rounded(name, entry_DEC)
         past.keep(store.kv_BRX, slots, kv_DLX, start_D, rows.length_D)
         past.keep(store.gate_BRX, slots, gate_DLX, start_D, rows.length_D)
         past.keep_entries(store, slots, entry_DEC, start_D, rows.length_D)
         if rows.start_D is None:
             return entry_DEC
         return store.entry_BEC[slots, : (context.longest_start + kv_DLX.shape[1]) // rate]
+
+    def _rounded(self, name: str, entry_DEC: Tensor) -> Tensor:
+        rounded = rounded_index if name == "indexer" else rounded_kv
+        return rounded(self.config, entry_DEC)
 
     def _index(
         self,
@@ -221,6 +228,7 @@ class V4Attention(stock.DeepseekV4Attention):
         if most <= module.index_topk and not wants_loss:
             return []  # all of them fit: the scores cannot change the choice
         query = indexer.queries(module, latent_TR.detach(), context.rotation_T["compress"])
+        query = rounded_index(self.config, query)
         weight = indexer.head_weights(module, x_TH.detach())
         top_k = most if context.is_indexer_warmup else module.index_topk
         return [

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from posttrain.backbone.cache import V4Cache
 from posttrain.backbone.decode import context_of, decode_attention
+from posttrain.backbone.fake_quant import rounds
 from posttrain.backbone.hyper_connections import mix
 from posttrain.backbone.routing import route
 
@@ -27,8 +28,12 @@ def compiled_decode(
     It is compiled anew whenever the room of the cache grows, so `reserve` what rows may need. Call
     this again when the model itself changed (dtype, device, adapters): only tensors of the cache
     and the batch are looked at in each step, since a look at all modules takes a fifth of it.
+
+    Raises ValueError where the config has activations rounded.
     """
     guards: Any = {"guard_filter_fn": torch.compiler.keep_tensor_guards_unsafe}
+    if rounds(model.config, "activations"):
+        raise ValueError("a compiled step rounds no activations: sample by V4Model.decode")
     step = torch.compile(
         _static_step, fullgraph=True, dynamic=False, backend=backend, options=guards
     )
@@ -61,13 +66,13 @@ def _static_step(model: Any, token_B: Tensor, cache: V4Cache) -> Tensor:
 
 def _all_experts(mlp: Any, x_BH: Tensor, token_B: Tensor) -> Tensor:
     """The block's output (B, H), each expert weighted, by 0 where it was not chosen."""
-    experts = mlp.experts
+    experts = mlp.experts.served()
     routes = route(mlp.gate, x_BH, token_B, is_hash=mlp.is_hash)
     weight_BE = torch.zeros_like(routes.score_TE)
     weight_BE = weight_BE.scatter(1, routes.expert_Tk, routes.weight_Tk).to(x_BH.dtype)
     gate_up = F.linear(x_BH, experts.gate_up_proj.flatten(0, 1))
     gate, up = gate_up.unflatten(1, (len(experts.gate_up_proj), -1)).chunk(2, dim=-1)
     limit = experts.limit
-    gated_BEI = experts.act_fn(gate.clamp(max=limit)) * up.clamp(-limit, limit)
+    gated_BEI = F.silu(gate.clamp(max=limit)) * up.clamp(-limit, limit)
     weighted_BX = (gated_BEI * weight_BE.unsqueeze(-1)).flatten(1)
     return weighted_BX @ experts.down_proj.mT.flatten(0, 1) + mlp.shared_experts(x_BH)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar, cast
 
 import torch
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from posttrain.backbone import indexer
 from posttrain.backbone.cache import CompressedStore, V4Cache
+from posttrain.backbone.fake_quant import rounded_index, rounded_kv
 
 T = TypeVar("T")
 
@@ -212,6 +214,7 @@ def decode_attention(attention: Any, x_BH: Tensor, context: DecodeContext) -> Te
     q_Bhd = rotate(attention.q_b_norm(q_Bhd), rotation)
     ring_BRd = cache.window_BWd[attention.layer_idx]
     kv_Bd = rotate(attention.kv_norm(attention.kv_proj(x_BH)), rotation)
+    kv_Bd = rounded_kv(attention.config, kv_Bd)
     ring_BRd[context.row_B, context.place_B(ring_BRd.shape[1])] = kv_Bd.to(ring_BRd.dtype)
     keys = [(ring_BRd, context.window_bias(ring_BRd.shape[1], cache.window, q_Bhd.dtype))]
     if attention.compressor is not None:
@@ -243,15 +246,16 @@ def _entries(
     no window is complete."""
     compressor = attention.compressor
     store = context.cache.compressed(attention.layer_idx, "compressor")
-    append(store, compressor, x_BH, context)
+    append(store, compressor, x_BH, context, partial(rounded_kv, attention.config))
     num_entries = context.num_entries(store)
     entry_BEd = store.entry_BEC[:, :num_entries]
     if hasattr(compressor, "indexer"):
         keys = context.cache.compressed(attention.layer_idx, "indexer")
-        append(keys, compressor.indexer, x_BH, context)
+        append(keys, compressor.indexer, x_BH, context, partial(rounded_index, attention.config))
         if num_entries > compressor.indexer.index_topk:
             key_BEc = keys.entry_BEC[:, :num_entries]
             q_Bhc = index_queries(compressor.indexer, latent_BR, context)
+            q_Bhc = rounded_index(attention.config, q_Bhc)
             score_BE = scores(q_Bhc, key_BEc, indexer.head_weights(compressor.indexer, x_BH))
             is_hidden_BE = context.is_hidden(store.rate, num_entries)
             return [chosen(score_BE, entry_BEd, is_hidden_BE, compressor.indexer.index_topk)]
@@ -320,8 +324,15 @@ def ranks(score_BN: Tensor) -> Tensor:
     return (bits << 32) - torch.arange(score_BN.shape[1], device=score_BN.device)
 
 
-def append(store: CompressedStore, module: Any, x_BH: Tensor, context: DecodeContext) -> None:
-    """Remember this token's projections; rows whose window it closes get their entry."""
+def append(
+    store: CompressedStore,
+    module: Any,
+    x_BH: Tensor,
+    context: DecodeContext,
+    rounded: Callable[[Tensor], Tensor],
+) -> None:
+    """Remember this token's projections; rows whose window it closes get their entry, `rounded`
+    as serving does."""
     place_B = context.place_B(store.kv_BRX.shape[1])
     store.kv_BRX[context.row_B, place_B] = module.kv_proj(x_BH).to(store.kv_BRX.dtype)
     store.gate_BRX[context.row_B, place_B] = module.gate_proj(x_BH).to(store.kv_BRX.dtype)
@@ -335,7 +346,7 @@ def append(store: CompressedStore, module: Any, x_BH: Tensor, context: DecodeCon
     # a row's last token is always real, so no softmax is over nothing
     gate = (gate + bias).masked_fill(~closing.is_real_DS.unsqueeze(-1), float("-inf"))
     entry_DC = module.kv_norm((kv * gate.softmax(dim=1)).sum(dim=1))
-    entry_DC = rotate(entry_DC, closing.rotation).to(store.entry_BEC.dtype)
+    entry_DC = rounded(rotate(entry_DC, closing.rotation)).to(store.entry_BEC.dtype)
     if closing.is_complete_D is not None:
         old_DC = store.entry_BEC[row_D, closing.entry_D]
         entry_DC = torch.where(closing.is_complete_D[:, None], entry_DC, old_DC)

@@ -7,7 +7,7 @@ Legend: T tokens, H hidden size, k experts a token, E experts, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,18 +18,39 @@ from transformers.models.deepseek_v4 import modeling_deepseek_v4 as stock
 from transformers.utils.generic import maybe_autocast
 
 from posttrain.backbone.balance import attach_balance
+from posttrain.backbone.fake_quant import rounds
+from posttrain.backbone.fp4 import fake_fp8_activation, fake_mxfp4
 from posttrain.backbone.routing import RouteTape, route
 
 grouped_mm: Any = getattr(F, "grouped_mm", None) or vars(torch)["_grouped_mm"]  # before 2.10
+
+
+class Weights(NamedTuple):
+    """All experts' weights of one layer."""
+
+    gate_up_proj: Tensor
+    down_proj: Tensor
+    limit: float
 
 
 class V4Experts(stock.DeepseekV4Experts):
     """Stock's parameters. A module that is called: PEFT's `target_parameters` put their weights in
     place for the time of the call."""
 
+    def __init__(self, config: DeepseekV4Config) -> None:
+        super().__init__(config)
+        self.config = config
+
     def forward(self, x_TH: Tensor, expert_Tk: Tensor, weight_Tk: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """x (T, H), chosen experts and their weights (T, k) -> (T, H)."""
-        return run_experts(self, x_TH, expert_Tk, weight_Tk)
+        rounds_inputs = rounds(self.config, "activations")
+        return run_experts(self.served(), x_TH, expert_Tk, weight_Tk, rounds_inputs=rounds_inputs)
+
+    def served(self) -> Any:
+        """The weights as serving has them: these, or rounded where that is trained for."""
+        if not rounds(self.config, "experts"):
+            return self
+        return Weights(fake_mxfp4(self.gate_up_proj), fake_mxfp4(self.down_proj), self.limit)
 
 
 class V4SparseMoeBlock(stock.DeepseekV4SparseMoeBlock):
@@ -57,16 +78,25 @@ class V4SparseMoeBlock(stock.DeepseekV4SparseMoeBlock):
         return attach_balance(out_TH, routes.score_TE, context.documents, k=top_k, scale=scale)
 
 
-def run_experts(experts: Any, x_TH: Tensor, expert_Tk: Tensor, weight_Tk: Tensor) -> Tensor:
+def run_experts(
+    experts: Any,
+    x_TH: Tensor,
+    expert_Tk: Tensor,
+    weight_Tk: Tensor,
+    *,
+    rounds_inputs: bool = False,
+) -> Tensor:
     """sum_j weight[t, j] * expert[t, j](x[t]), (T, H). Every expert takes part, with no rows if
-    need be, so that every expert has a gradient on every rank."""
+    need be, so that every expert has a gradient on every rank. `rounds_inputs`: of both matrices,
+    to FP8 and back (fake_quant.py)."""
     device = x_TH.device.type
     is_cast = torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if is_cast else x_TH.dtype
     gate_up, down = experts.gate_up_proj.to(dtype), experts.down_proj.to(dtype)
+    x_TH = fake_fp8_activation(x_TH) if rounds_inputs else x_TH
     with maybe_autocast(device_type=device, enabled=False):
         out_TH: Any = RoutedExperts.apply(
-            x_TH.to(dtype), weight_Tk, gate_up, down, expert_Tk, experts.limit
+            x_TH.to(dtype), weight_Tk, gate_up, down, expert_Tk, experts.limit, rounds_inputs
         )
     return out_TH
 
@@ -87,6 +117,7 @@ class RoutedExperts(torch.autograd.Function):
         down_EHI: Tensor,
         expert_Tk: Tensor,
         limit: float,
+        rounds_inputs: bool,
     ) -> Tensor:
         expert_R, order_R = expert_Tk.flatten().sort(stable=True)
         groups = Groups(expert_R, len(gate_up_EJH))
@@ -94,9 +125,10 @@ class RoutedExperts(torch.autograd.Function):
         gate_up_RJ = groups.times(x_TH.index_select(0, token_R), gate_up_EJH.mT)
         gate_RI, up_RI = gate_up_RJ.chunk(2, dim=1)
         hidden_RI = swiglu(gate_RI, up_RI, limit).mul_(_column(weight_Tk, order_R))
+        hidden_RI = fake_fp8_activation(hidden_RI) if rounds_inputs else hidden_RI
         out_RH = groups.times(hidden_RI, down_EHI.mT)
         ctx.save_for_backward(x_TH, weight_Tk, gate_up_EJH, down_EHI, order_R, gate_up_RJ)
-        ctx.groups, ctx.limit = groups, limit
+        ctx.groups, ctx.limit, ctx.rounds_inputs = groups, limit, rounds_inputs
         return _sum_by_token(out_RH, order_R, expert_Tk.shape)
 
     @staticmethod
@@ -111,6 +143,7 @@ class RoutedExperts(torch.autograd.Function):
         grad_hidden_RI = groups.times(grad_RH, down_EHI)
         grad_weight_R = (grad_hidden_RI * hidden_RI).sum(-1).to(weight_Tk.dtype)
         hidden_RI.mul_(weight_R1)
+        hidden_RI = fake_fp8_activation(hidden_RI) if ctx.rounds_inputs else hidden_RI
         grad_down_EHI = groups.outer(grad_RH, hidden_RI) if ctx.needs_input_grad[3] else None
         grad_RJ, grad_hidden_RI = torch.empty_like(gate_up_RJ), grad_hidden_RI.mul_(weight_R1)
         out = grad_RJ.chunk(2, dim=1)
@@ -120,7 +153,8 @@ class RoutedExperts(torch.autograd.Function):
             grad_gate_up_EJH = groups.outer(grad_RJ, x_TH.index_select(0, token_R))
         grad_x_TH = _sum_by_token(groups.times(grad_RJ, gate_up_EJH), order_R, shape)
         grad_weight_Tk = torch.empty_like(grad_weight_R).scatter_(0, order_R, grad_weight_R)
-        return grad_x_TH, grad_weight_Tk.view(shape), grad_gate_up_EJH, grad_down_EHI, None, None
+        grad_weight_Tk = grad_weight_Tk.view(shape)
+        return grad_x_TH, grad_weight_Tk, grad_gate_up_EJH, grad_down_EHI, None, None, None
 
 
 class Groups:

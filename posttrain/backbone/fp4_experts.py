@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from posttrain.backbone.experts import run_experts
+from posttrain.backbone.fake_quant import rounds
 from posttrain.backbone.fp4 import E8M0, GROUP, dequantize_mxfp4, quantize_mxfp4
 
 
@@ -88,6 +89,7 @@ class PackedExperts(nn.Module):
     def __init__(self, experts: Any) -> None:
         """Room for the packed form of `experts`, a stock DeepseekV4Experts; not yet filled."""
         super().__init__()
+        self.config = getattr(experts, "config", None)
         self.num_experts: int = experts.num_experts
         self.limit: float = experts.limit
         self.act_fn: Any = experts.act_fn
@@ -107,7 +109,8 @@ class PackedExperts(nn.Module):
     def forward(self, x_TH: Tensor, expert_Tk: Tensor, weight_Tk: Tensor) -> Tensor:
         """What `V4Experts` gives, (T, H)."""
         used, place_Tk = self.used(expert_Tk)
-        return run_experts(used, x_TH, place_Tk, weight_Tk)
+        rounds_inputs = rounds(self.config, "activations")
+        return run_experts(used, x_TH, place_Tk, weight_Tk, rounds_inputs=rounds_inputs)
 
     def used(self, expert_Tk: Tensor) -> tuple[UsedExperts, Tensor]:
         """The experts in `expert_Tk` and the same choices as places among them, (T, k). In the

@@ -26,6 +26,7 @@ from posttrain.backbone.attention import Context
 from posttrain.backbone.balance import LoadMeter
 from posttrain.backbone.cache import V4Cache
 from posttrain.backbone.decode import DecodeContext, context_of
+from posttrain.backbone.fake_quant import round_inputs
 from posttrain.backbone.hyper_connections import V4HyperHead
 from posttrain.backbone.layer import V4DecoderLayer
 from posttrain.backbone.pretrained import DEFAULTS, V4PreTrainedModel
@@ -71,6 +72,7 @@ class V4Model(V4PreTrainedModel, stock.DeepseekV4Model):
         self.load_meter: LoadMeter | None = None
         """Counts how many tokens go to each expert in training (balance.BalanceExperts)."""
         self._widen()
+        round_inputs(self, config)
         self.post_init()
 
     @can_return_tuple

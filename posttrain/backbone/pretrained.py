@@ -26,11 +26,13 @@ DEFAULTS: dict[str, Any] = {
     "indexer_loss_weight": 1.0,
     "indexer_warmup": False,
     "balance_loss_weight": 0.0,
+    "fake_quantization": (),
     "with_mtp": False,
 }
 """Fields that our config has beside the stock one's. `indexer_warmup`: attention sees all entries
 and the indexer learns from it, before it chooses (V3.2 report 2.1.1). `balance_loss_weight`: of the
-loss in each document's experts; V4 was pre-trained with 1e-4 (balance.py)."""
+loss in each document's experts; V4 was pre-trained with 1e-4 (balance.py). `fake_quantization`:
+the parts that are rounded as serving rounds them (fake_quant.py); said before the model is made."""
 
 # a class from outside transformers gets no name conversion unless it is registered: stock's default
 # save_pretrained and official files would be read with most weights missing

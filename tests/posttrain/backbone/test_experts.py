@@ -69,7 +69,7 @@ def test_experts_equal_plain_autograd(shape: tuple[int, ...]) -> None:
 def test_gradcheck_in_float64() -> None:
     p = draw((4, 3, 2, 3, 2))
     check: Any = torch.autograd.gradcheck
-    assert check(lambda *x: RoutedExperts.apply(*x, p.expert, LIMIT), tuple(parameters(p)))
+    assert check(lambda *x: RoutedExperts.apply(*x, p.expert, LIMIT, False), tuple(parameters(p)))
 
 
 def test_swiglu_passes_nothing_where_a_clamp_cut() -> None:

@@ -52,17 +52,14 @@ def cut(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.usefixtures("cut")
 @pytest.mark.parametrize("length", [1, 2, 6, 23])
 def test_out_and_gradients_equal_the_dense_softmax(length: int) -> None:
-    inputs = [
-        draw(2, length, 3, 4, seed=1),
-        draw(2, length, 4, seed=2),
-        draw(2, length // RATE, 4, seed=3),
-        draw(3, seed=4),
-    ]
-    out, loss = tiles.attend(*inputs, scale=SCALE, layout=layout_of([length, 1]))
-    wanted = dense(*inputs, seen_all(length, length // RATE).expand(2, -1, -1))
+    q, k = draw(2, length, 3, 4, seed=1), draw(2, length, 4, seed=2)
+    entry, sink = draw(2, length // RATE, 4, seed=3), draw(3, seed=4)
+    out, loss = tiles.attend(q, k, entry, sink, scale=SCALE, layout=layout_of([length, 1]))
+    wanted = dense(q, k, entry, sink, seen_all(length, length // RATE).expand(2, -1, -1))
     assert loss is None
     torch.testing.assert_close(out, wanted, atol=1e-12, rtol=1e-10)
     upstream = draw(*out.shape, seed=5).detach()
+    inputs = (q, k, entry, sink)
     found = torch.autograd.grad(out, inputs, upstream, allow_unused=True)
     for a, b in zip(found, torch.autograd.grad(wanted, inputs, upstream), strict=True):
         a = torch.zeros_like(b) if a is None else a
