@@ -50,7 +50,8 @@ class V4Experts(stock.DeepseekV4Experts):
         """The weights as serving has them: these, or rounded where that is trained for."""
         if not rounds(self.config, "experts"):
             return self
-        return Weights(fake_mxfp4(self.gate_up_proj), fake_mxfp4(self.down_proj), self.limit)
+        own: Any = self
+        return Weights(fake_mxfp4(own.gate_up_proj), fake_mxfp4(own.down_proj), own.limit)
 
 
 class V4SparseMoeBlock(stock.DeepseekV4SparseMoeBlock):

@@ -19,7 +19,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.models.deepseek_v4 import DeepseekV4Config
 from transformers.models.deepseek_v4 import modeling_deepseek_v4 as stock
-from transformers.utils import can_return_tuple
+from transformers.utils.generic import can_return_tuple
 
 from posttrain.backbone import generation
 from posttrain.backbone.attention import Context

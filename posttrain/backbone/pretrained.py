@@ -36,9 +36,8 @@ the parts that are rounded as serving rounds them (fake_quant.py); said before t
 
 # a class from outside transformers gets no name conversion unless it is registered: stock's default
 # save_pretrained and official files would be read with most weights missing
-register_checkpoint_conversion_mapping(
-    "deepseek_v4", get_checkpoint_conversion_mapping("deepseek_v4"), overwrite=True
-)
+_renamings: Any = get_checkpoint_conversion_mapping("deepseek_v4")
+register_checkpoint_conversion_mapping("deepseek_v4", _renamings, overwrite=True)
 
 
 class V4PreTrainedModel(stock.DeepseekV4PreTrainedModel):
@@ -103,8 +102,9 @@ class V4PreTrainedModel(stock.DeepseekV4PreTrainedModel):
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
         """As transformers', the hash tables too: new tokens get experts of their own, balanced."""
         embedding = super().resize_token_embeddings(*args, **kwargs)
-        for gate in self.modules():
-            if isinstance(gate, stock.DeepseekV4HashRouter):
+        for module in self.modules():
+            if isinstance(module, stock.DeepseekV4HashRouter):
+                gate: Any = module
                 old, size = gate.tid2eid, embedding.num_embeddings
                 more = balanced_hash_table(max(size - len(old), 0), gate.top_k, gate.num_experts)
                 gate.tid2eid = torch.cat([old[:size], more.to(old.device)])
