@@ -3,7 +3,7 @@
 A file here imports triton; nothing else of the package does. So ask `use_kernels` first and import
 the kernel after. So far every kernel ran under triton's interpreter on CPU alone (triton 3.6,
 TRITON_INTERPRET=1, tests/posttrain/backbone/kernels) and was compiled, not run, for sm_80 and
-sm_90; `benchmarks/kernels.py` runs and times them on a GPU.
+sm_90; `benchmarks/gpu_kernels.py` runs and times them on a GPU.
 """
 
 from functools import cache

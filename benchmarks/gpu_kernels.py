@@ -1,4 +1,4 @@
-"""Time each Triton kernel against its torch reference: `python benchmarks/kernels.py OUT.md`.
+"""Time each Triton kernel against its torch reference: `python benchmarks/gpu_kernels.py OUT.md`.
 
 Needs a GPU and triton. Each row: V4-Flash's sizes unless --small, medians of synchronised calls,
 and the error between the two (the norm of the difference over the reference's). Kernels in
