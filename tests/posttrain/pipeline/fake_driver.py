@@ -3,6 +3,7 @@
 Exit code 2 and one line on stderr where a user could mend it, as the command line does.
 """
 
+import signal
 import sys
 from pathlib import Path
 
@@ -64,6 +65,8 @@ def make_work(scenario: str, directory: Path) -> Work:
 
 
 if __name__ == "__main__":
+    # a shell that starts the tests in its background has Ctrl-C ignored, and children inherit that
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         run_work(make_work(sys.argv[1], Path(sys.argv[2])))
     except PosttrainError as error:
