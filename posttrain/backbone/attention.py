@@ -17,7 +17,7 @@ from transformers.models.deepseek_v4 import modeling_deepseek_v4 as stock
 from posttrain.backbone import indexer, past, tiles
 from posttrain.backbone.auxiliary import attach, touch
 from posttrain.backbone.cache import V4Cache
-from posttrain.backbone.compressor import compress, compress_on, is_overlapping
+from posttrain.backbone.compressor import compress, compress_on
 from posttrain.backbone.fake_quant import rounded_index, rounded_kv
 from posttrain.backbone.kernels import use_kernels
 from posttrain.backbone.rope import rotate, rotations
@@ -181,36 +181,24 @@ class V4Attention(stock.DeepseekV4Attention):
         self, name: str, module: Any, rows: Rows, kv_DLX: Tensor, gate_DLX: Tensor, context: Context
     ) -> Tensor:
         """All entries of a group's documents (D, E, C), those of a cache in front."""
-        rate = module.compress_rate
-        cache, slot_D = context.cache, context.slot_D
-        if cache is None or slot_D is None or rows.start_D is None:
+        rate, cache, slot_D = module.compress_rate, context.cache, context.slot_D
+        rounded = rounded_index if name == "indexer" else rounded_kv
+        if cache is None or slot_D is None:
             rotation = context.entry_rotation(rate, kv_DLX.shape[1] // rate, None)
-            entry_DEC = self._rounded(name, compress(module, kv_DLX, gate_DLX, rotation))
-            if cache is None or slot_D is None:
-                return entry_DEC
-        else:
-            entry_DEC = torch.empty(0)
+            return rounded(self.config, compress(module, kv_DLX, gate_DLX, rotation))
         store, slots = cache.compressed(self.layer_idx, name), slot_D[rows.document_D]
         start_D = torch.zeros_like(rows.length_D) if rows.start_D is None else rows.start_D
-        if rows.start_D is not None:
-            num_before = 2 * rate if is_overlapping(module, kv_DLX) else rate
-            kv = torch.cat([past.before(store.kv_BRX, slots, start_D, num_before), kv_DLX], dim=1)
-            gate_before = past.before(store.gate_BRX, slots, start_D, num_before)
-            gate = torch.cat([gate_before, gate_DLX], dim=1)
-            most = past.most_new_entries(start_D, rows.length_D, rate)
-            rotation = context.entry_rotation(rate, most, start_D)
-            entry_DEC = compress_on(module, kv, gate, start_D, rotation)
-            entry_DEC = self._rounded(name, entry_DEC)
+        kv, gate = (
+            torch.cat([past.before(ring, slots, start_D, store.num_read), new], dim=1)
+            for ring, new in ((store.kv_BRX, kv_DLX), (store.gate_BRX, gate_DLX))
+        )
+        most = past.most_new_entries(start_D, rows.length_D, rate)
+        rotation = context.entry_rotation(rate, most, start_D)
+        entry_DEC = rounded(self.config, compress_on(module, kv, gate, start_D, rotation))
         past.keep(store.kv_BRX, slots, kv_DLX, start_D, rows.length_D)
         past.keep(store.gate_BRX, slots, gate_DLX, start_D, rows.length_D)
         past.keep_entries(store, slots, entry_DEC, start_D, rows.length_D)
-        if rows.start_D is None:
-            return entry_DEC
         return store.entry_BEC[slots, : (context.longest_start + kv_DLX.shape[1]) // rate]
-
-    def _rounded(self, name: str, entry_DEC: Tensor) -> Tensor:
-        rounded = rounded_index if name == "indexer" else rounded_kv
-        return rounded(self.config, entry_DEC)
 
     def _index(
         self,

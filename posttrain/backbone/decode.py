@@ -26,11 +26,9 @@ from torch import Tensor
 from posttrain.backbone import indexer
 from posttrain.backbone.cache import CompressedStore, V4Cache
 from posttrain.backbone.fake_quant import rounded_index, rounded_kv
+from posttrain.backbone.tiles import GATHER
 
 T = TypeVar("T")
-
-GATHER = 8
-"""Entries are masked where there are at most so many times top-k of them, else gathered."""
 
 SCORES_AT_ONCE = 1 << 18
 """Indexer scores of single heads that are in memory at a time: they stay in a CPU's cache."""

@@ -12,7 +12,7 @@ Legend: B batch rows, S columns, T real tokens, D documents (of a group), L toke
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -117,25 +117,10 @@ def find_documents(
 
 def continued(documents: Documents, start_D: Tensor) -> Documents:
     """The same new tokens, after `start_D` (D,) tokens of each document that a cache holds."""
-    groups = tuple(
-        Rows(
-            rows.document_D,
-            rows.length_D,
-            start_D[rows.document_D],
-            rows.index_DL,
-            rows.place_X,
-            rows.is_full,
-        )
-        for rows in documents.groups
-    )
-    return Documents(
-        token_T=documents.token_T,
-        document_T=documents.document_T,
+    return replace(
+        documents,
         position_T=documents.position_T + start_D[documents.document_T],
-        length_D=documents.length_D,
-        groups=groups,
-        order_T=documents.order_T,
-        is_dense=documents.is_dense,
+        groups=tuple(replace(rows, start_D=start_D[rows.document_D]) for rows in documents.groups),
     )
 
 

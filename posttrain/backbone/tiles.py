@@ -174,6 +174,15 @@ def weights(
     return list(torch.cat([*logits, sink], dim=-1).softmax(dim=-1).split([*sizes, 1], dim=-1))
 
 
+def attend_tile(
+    q_DQhd: Tensor, keys: list[tuple[Tensor, Tensor]], sink_h: Tensor, scale: float
+) -> tuple[Tensor, list[Tensor]]:
+    """Outputs (D, Q, h, d), and the `weights` behind them."""
+    shares = weights(q_DQhd, keys, sink_h, scale)
+    parts = [combine(w.to(k.dtype), k) for w, (k, _) in zip(shares, keys, strict=False)]
+    return sum(parts[1:], parts[0]), shares
+
+
 def choose(
     layout: Layout, first: int, end: int, num_entries: int, index: indexer.Index | None
 ) -> Chosen | None:
@@ -217,10 +226,10 @@ def attend(
     size = min(TILE, max(16, TILE_ROWS // max(docs * heads, 1)))
     num_entries = 0 if entry_DEd is None else entry_DEd.shape[1]
     wants_loss = index is not None and index.wants_loss
+    if not length:
+        return q_DLhd, None
     if length <= ONE_TILE:
-        (tile,) = tiles(layout, length, max(length, 1), num_entries, index) if length else (None,)
-        if tile is None:
-            return q_DLhd, None
+        (tile,) = tiles(layout, length, length, num_entries, index)
         return _attend_once(q_DLhd, window_DJd, entry_DEd, sink_h, scale, layout, tile, index)
     entry = window_DJd.new_zeros(docs, 0, window_DJd.shape[-1]) if entry_DEd is None else entry_DEd
     parts = (index.query, index.key, index.weight) if index else (None, None, None)
@@ -240,17 +249,14 @@ def _attend_once(
     index: indexer.Index | None,
 ) -> tuple[Tensor, Tensor | None]:
     """All queries as one tile, through autograd."""
-    keys = tile.keys(window_DJd, entry_DEd)
-    shares = weights(q_DLhd, keys, sink_h, scale)
-    dtype = window_DJd.dtype
-    outs = [combine(w.to(dtype), k) for w, (k, _) in zip(shares, keys, strict=False)]
+    out, shares = attend_tile(q_DLhd, tile.keys(window_DJd, entry_DEd), sink_h, scale)
     loss = None
     if index is not None and index.wants_loss and tile.chosen is not None:
         score = index.chosen_scores(tile.first, tile.end, tile.chosen.of(index.key))
         loss = indexer.loss(
             score, shares[1].detach(), tile.chosen.mask, layout.has_query(tile.first, tile.end)
         )
-    return sum(outs[1:], outs[0]), loss
+    return out, loss
 
 
 @dataclass(frozen=True)
@@ -284,10 +290,7 @@ class TiledAttention(torch.autograd.Function):
         for tile in tiles(plan.layout, q_DLhd.shape[1], plan.size, num_entries, index):
             span = slice(tile.first, tile.end)
             keys = tile.keys(window_DJd, entry_DEd)
-            shares = weights(q_DLhd[:, span], keys, sink_h, plan.scale)
-            dtype = window_DJd.dtype
-            outs = [combine(w.to(dtype), k) for w, (k, _) in zip(shares, keys, strict=False)]
-            out[:, span] = sum(outs[1:], outs[0])
+            out[:, span], shares = attend_tile(q_DLhd[:, span], keys, sink_h, plan.scale)
             if grads is not None and index is not None and tile.chosen is not None:
                 has_query = plan.layout.has_query(tile.first, tile.end)
                 total += form_loss(index, tile, shares[1], has_query, grads)
