@@ -5,43 +5,22 @@ from typing import Any
 
 import pytest
 import torch
+from small_v4 import VOCAB, small_config, small_model
 from torch import Tensor
 
-from posttrain.backbone import V4Cache, V4ForCausalLM, preset_config
+from posttrain.backbone import V4Cache
 from posttrain.backbone.cache import RECOUNT, bytes_per_token, cache_bytes
 from posttrain.backbone.presets import CSA, HCA, SLIDING
-
-VOCAB = 61
 
 
 def make_config(layer_types: Sequence[str] = (SLIDING, CSA, HCA)) -> Any:
     """Window (7), top-k (3) and rates (4, 8) that forty tokens pass many times."""
-    config = preset_config("tiny", vocab_size=VOCAB, bos_token_id=0, eos_token_id=1, pad_token_id=2)
-    config.update(
-        {
-            "layer_types": list(layer_types),
-            "mlp_layer_types": ["hash_moe"] + ["moe"] * (len(layer_types) - 1),
-            "num_hidden_layers": len(layer_types),
-            "hidden_size": 32,
-            "moe_intermediate_size": 16,
-            "n_routed_experts": 4,
-            "compress_rates": {CSA: 4, HCA: 8},
-            "sliding_window": 7,
-            "index_topk": 3,
-            "hc_sinkhorn_iters": 4,
-        }
-    )
-    return config
+    return small_config(layer_types, n_routed_experts=4, index_topk=3, hc_sinkhorn_iters=4)
 
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        found = V4ForCausalLM(make_config()).eval()
-        for parameter in found.parameters():
-            parameter.data += 0.1 * torch.randn_like(parameter)
-    return found.model
+    return small_model(n_routed_experts=4, index_topk=3, hc_sinkhorn_iters=4).eval().model
 
 
 def draw(*shape: int, seed: int) -> Tensor:

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from small_v4 import VOCAB, small_model
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from posttrain.backbone import V4ForCausalLM, preset_config
+from posttrain.backbone import V4ForCausalLM
 from posttrain.backbone.presets import CSA, HCA, SLIDING
 
 pytestmark = [
@@ -19,31 +20,12 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing.*` is deprecated"),
 ]
 
-VOCAB = 61
-
 
 @pytest.fixture
 def model() -> V4ForCausalLM:
     """Six layers; window (7), top-k (4) and rates (4, 8) shorter than the documents."""
-    config = preset_config("tiny", vocab_size=VOCAB, bos_token_id=0, eos_token_id=1, pad_token_id=2)
-    config.update(
-        {
-            "layer_types": [SLIDING, CSA, HCA, CSA, HCA, CSA],
-            "mlp_layer_types": ["hash_moe"] * 2 + ["moe"] * 4,
-            "num_hidden_layers": 6,
-            "hidden_size": 32,
-            "moe_intermediate_size": 16,
-            "compress_rates": {CSA: 4, HCA: 8},
-            "sliding_window": 7,
-            "index_topk": 4,
-        }
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = V4ForCausalLM(config)
-        for parameter in model.parameters():
-            parameter.data += 0.1 * torch.randn_like(parameter)
-    return model.train()
+    kinds = [SLIDING, CSA, HCA, CSA, HCA, CSA]
+    return small_model(kinds, mlp_layer_types=["hash_moe"] * 2 + ["moe"] * 4)
 
 
 def draw(rows: int, columns: int) -> tuple[Tensor, Tensor]:

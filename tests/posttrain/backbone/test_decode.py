@@ -5,39 +5,18 @@ from typing import Any
 
 import pytest
 import torch
+from small_v4 import VOCAB, small_model
 from torch import Tensor
 
-from posttrain.backbone import V4Cache, V4ForCausalLM, decode, preset_config, rope
+from posttrain.backbone import V4Cache, decode, rope
 from posttrain.backbone.compiled import compiled_decode
 from posttrain.backbone.presets import CSA, HCA, SLIDING
-
-VOCAB = 61
 
 
 def make_model(layer_types: Sequence[str] = (SLIDING, CSA, HCA), **changes: Any) -> Any:
     """Window 7, top-k 2, rates 4 and 8: seventy tokens have more than 8 x top-k entries."""
-    config = preset_config("tiny", vocab_size=VOCAB, bos_token_id=0, eos_token_id=1, pad_token_id=2)
-    config.update(
-        {
-            "layer_types": list(layer_types),
-            "mlp_layer_types": ["hash_moe"] + ["moe"] * (len(layer_types) - 1),
-            "num_hidden_layers": len(layer_types),
-            "hidden_size": 32,
-            "moe_intermediate_size": 16,
-            "n_routed_experts": 4,
-            "compress_rates": {CSA: 4, HCA: 8},
-            "sliding_window": 7,
-            "index_topk": 2,
-            "hc_sinkhorn_iters": 2,
-            **changes,
-        }
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = V4ForCausalLM(config).eval()
-        for parameter in model.parameters():
-            parameter.data += 0.1 * torch.randn_like(parameter)
-    return model
+    few = {"n_routed_experts": 4, "index_topk": 2, "hc_sinkhorn_iters": 2}
+    return small_model(layer_types, **{**few, **changes}).eval()
 
 
 def draw(*shape: int, seed: int) -> Tensor:

@@ -7,14 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from small_v4 import VOCAB, small_config
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.models.deepseek_v4 import DeepseekV4ForCausalLM
 
-from posttrain.backbone import V4ForCausalLM, preset_config
-from posttrain.backbone.presets import CSA, HCA, SLIDING
+from posttrain.backbone import V4ForCausalLM
 
-VOCAB = 61
 STRICT = (
     "attn_hc",
     "ffn_hc",
@@ -33,17 +32,7 @@ IDS = torch.randint(3, VOCAB, (2, 30), generator=torch.Generator().manual_seed(1
 
 
 def make_model(seed: int = 0) -> Any:  # torch types .to and buffers too narrowly
-    config = preset_config("tiny", vocab_size=VOCAB, bos_token_id=0, eos_token_id=1, pad_token_id=2)
-    config.update(
-        {
-            "layer_types": [SLIDING, CSA, HCA],
-            "hidden_size": 32,
-            "moe_intermediate_size": 16,
-            "compress_rates": {CSA: 4, HCA: 8},
-            "sliding_window": 7,
-            "index_topk": 4,
-        }
-    )
+    config = small_config()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = V4ForCausalLM(config)

@@ -5,37 +5,12 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from small_v4 import VOCAB, small_model
 from torch import Tensor
 from transformers.models.deepseek_v4 import DeepseekV4ForCausalLM
 
-from posttrain.backbone import V4Cache, V4ForCausalLM, preset_config, tiles
+from posttrain.backbone import V4Cache, V4ForCausalLM, tiles
 from posttrain.backbone.presets import CSA, HCA, SLIDING
-
-VOCAB = 61
-
-
-def make_model(layer_types: Sequence[str] = (SLIDING, CSA, HCA), *, seed: int = 0) -> V4ForCausalLM:
-    """A small V4 whose window (7), top-k (4) and rates (4, 8) are all shorter than the
-    documents."""
-    config = preset_config("tiny", vocab_size=VOCAB, bos_token_id=0, eos_token_id=1, pad_token_id=2)
-    config.update(
-        {
-            "layer_types": list(layer_types),
-            "mlp_layer_types": ["hash_moe"] + ["moe"] * (len(layer_types) - 1),
-            "num_hidden_layers": len(layer_types),
-            "hidden_size": 32,
-            "moe_intermediate_size": 16,
-            "compress_rates": {CSA: 4, HCA: 8},
-            "sliding_window": 7,
-            "index_topk": 4,
-        }
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = V4ForCausalLM(config)
-        for parameter in model.parameters():  # norms, sinks, biases: no value that hides a mistake
-            parameter.data += 0.1 * torch.randn_like(parameter)
-    return model
 
 
 def draw(lengths: Sequence[int], seed: int) -> list[Tensor]:
@@ -57,7 +32,7 @@ def assert_same(found: Sequence[Tensor], wanted: Sequence[Tensor], atol: float =
 )
 @pytest.mark.parametrize("length", [1, 3, 4, 7, 8, 29, 40])
 def test_unpadded_equals_stock(layers: list[str], length: int) -> None:
-    model = make_model(layers)
+    model = small_model(layers)
     stock = DeepseekV4ForCausalLM(model.config)
     stock.load_state_dict(model.state_dict())
     ids = torch.stack(draw([length] * 3, seed=length))
@@ -66,7 +41,7 @@ def test_unpadded_equals_stock(layers: list[str], length: int) -> None:
 
 
 def test_gradients_equal_stocks() -> None:
-    model = make_model()
+    model = small_model()
     stock = DeepseekV4ForCausalLM(model.config)
     stock.load_state_dict(model.state_dict())
     ids = torch.stack(draw([30] * 2, seed=5))
@@ -94,7 +69,7 @@ def pad(documents: Sequence[Tensor], lefts: Sequence[int], width: int) -> tuple[
 
 @pytest.mark.parametrize("lefts", [[27, 39, 11, 36, 0], [0, 0, 0, 0, 0], [3, 20, 7, 1, 0]])
 def test_padding_on_either_side_changes_nothing(lefts: list[int]) -> None:
-    model, documents = make_model(), draw([13, 1, 29, 4, 40], seed=1)
+    model, documents = small_model(), draw([13, 1, 29, 4, 40], seed=1)
     ids, mask = pad(documents, lefts, 40)
     logits = model(ids, attention_mask=mask).logits
     found = [
@@ -105,7 +80,7 @@ def test_padding_on_either_side_changes_nothing(lefts: list[int]) -> None:
 
 
 def test_a_padded_batch_gives_the_gradients_of_its_documents() -> None:
-    model, documents = make_model(), draw([13, 2, 29], seed=2)
+    model, documents = small_model(), draw([13, 2, 29], seed=2)
     ids, mask = pad(documents, [27, 5, 3], 40)
     weight = [
         torch.randn(len(d), VOCAB, generator=torch.Generator().manual_seed(3)) for d in documents
@@ -134,7 +109,7 @@ def test_a_padded_batch_gives_the_gradients_of_its_documents() -> None:
 
 @pytest.mark.parametrize("lengths", [[13, 1, 29, 4], [40, 3, 2, 37, 1, 1, 9, 5, 4]])
 def test_packed_documents_are_alone(lengths: list[int]) -> None:
-    model, documents = make_model(), draw(lengths, seed=4)
+    model, documents = small_model(), draw(lengths, seed=4)
     packed = torch.cat(documents)[None]
     positions = torch.cat([torch.arange(len(d)) for d in documents])[None]
     logits = model(packed, position_ids=positions).logits[0]
@@ -142,7 +117,7 @@ def test_packed_documents_are_alone(lengths: list[int]) -> None:
 
 
 def test_trailing_pads_at_position_zero_are_documents_of_one_token() -> None:
-    model, documents = make_model(), draw([13, 6], seed=6)
+    model, documents = small_model(), draw([13, 6], seed=6)
     packed = torch.cat([*documents, torch.tensor([2, 2, 2])])[None]
     positions = torch.cat([torch.arange(13), torch.arange(6), torch.zeros(3, dtype=torch.long)])[
         None
@@ -152,7 +127,7 @@ def test_trailing_pads_at_position_zero_are_documents_of_one_token() -> None:
 
 
 def test_a_hole_in_the_mask_closes() -> None:
-    model, (document,) = make_model(), draw([17], seed=7)
+    model, (document,) = small_model(), draw([17], seed=7)
     ids = torch.cat([document[:5], torch.full((3,), 2), document[5:]])[None]
     mask = torch.cat([torch.ones(5), torch.zeros(3), torch.ones(12)])[None].long()
     logits = model(ids, attention_mask=mask).logits[0]
@@ -160,7 +135,7 @@ def test_a_hole_in_the_mask_closes() -> None:
 
 
 def test_rows_without_a_token_give_zeros() -> None:
-    model = make_model()
+    model = small_model()
     ids, mask = pad(draw([9], seed=8), [0], 9)
     hidden = model.model(
         torch.cat([ids, ids]), attention_mask=torch.cat([mask, 0 * mask])
@@ -171,7 +146,7 @@ def test_rows_without_a_token_give_zeros() -> None:
 
 @pytest.mark.parametrize("layers", [[SLIDING, CSA, HCA], [CSA], [HCA, CSA]])
 def test_prefill_and_decode_equal_the_full_forward_at_every_length(layers: list[str]) -> None:
-    model, documents = make_model(layers), draw([45] * 5, seed=9)
+    model, documents = small_model(layers), draw([45] * 5, seed=9)
     prefilled, slots = [1, 3, 16, 29, 8], [5, 0, 3, 1, 2]
     cache = V4Cache(model.config, 6, like=model.lm_head.weight)
     cache.reserve(45)
@@ -195,7 +170,7 @@ def test_prefill_and_decode_equal_the_full_forward_at_every_length(layers: list[
 def test_prefill_in_any_pieces_equals_the_full_forward(
     layers: list[str], pieces: list[list[int]]
 ) -> None:
-    model, documents = make_model(layers), draw([45, 45, 45], seed=10)
+    model, documents = small_model(layers), draw([45, 45, 45], seed=10)
     wanted = [x.detach() for x in alone(model, documents)]
     cache = V4Cache(model.config, 4, like=model.lm_head.weight)
     slots, start = [2, 0, 3], [0, 0, 0]
@@ -211,7 +186,7 @@ def test_prefill_in_any_pieces_equals_the_full_forward(
 
 @pytest.mark.parametrize("chunk", [1, 6, 45, 100])
 def test_a_prompt_in_chunks_is_one_prompt(chunk: int) -> None:
-    model, documents = make_model(), draw([45, 7, 19], seed=11)
+    model, documents = small_model(), draw([45, 7, 19], seed=11)
     cache = V4Cache(model.config, 3, like=model.lm_head.weight)
     cache.length_B += 5  # an earlier row's, to be forgotten
     hidden = model.model.prefill([d.tolist() for d in documents], cache, [1, 0, 2], chunk=chunk)
@@ -223,7 +198,7 @@ def test_a_prompt_in_chunks_is_one_prompt(chunk: int) -> None:
 def test_long_rows_in_tiles_give_the_same_logits_and_gradients(
     monkeypatch: pytest.MonkeyPatch, gather: int
 ) -> None:
-    model, documents = make_model([SLIDING, CSA, HCA, CSA]), draw([40, 33, 26], seed=12)
+    model, documents = small_model([SLIDING, CSA, HCA, CSA]), draw([40, 33, 26], seed=12)
     ids, mask = pad(documents, [0, 7, 9], 40)
     weight = torch.randn(3, 40, VOCAB, generator=torch.Generator().manual_seed(13))
 
@@ -247,7 +222,7 @@ def test_long_rows_in_tiles_give_the_same_logits_and_gradients(
 
 
 def test_hash_layers_need_token_ids() -> None:
-    model = make_model()
+    model = small_model()
     embeds = model.model.embed_tokens(torch.tensor([[3, 4, 5]]))
     with pytest.raises(ValueError, match="hash layers choose experts by token id"):
         model(inputs_embeds=embeds)

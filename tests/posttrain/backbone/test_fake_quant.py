@@ -7,35 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+from small_v4 import VOCAB, small_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from posttrain.backbone import V4Cache, V4ForCausalLM, fp4, preset_config
+from posttrain.backbone import V4Cache, fp4
 from posttrain.backbone.fake_quant import PARTS
 from posttrain.backbone.fp4_experts import pack_experts
-from posttrain.backbone.presets import CSA, HCA, SLIDING
-
-VOCAB = 61
 
 
 def make_model(*parts: str) -> Any:
-    config = preset_config("tiny", vocab_size=VOCAB, bos_token_id=0, eos_token_id=1, pad_token_id=2)
-    config.update(
-        {
-            "layer_types": [SLIDING, CSA, HCA],
-            "hidden_size": 64,
-            "compress_rates": {CSA: 4, HCA: 8},
-            "sliding_window": 7,
-            "index_topk": 4,
-            "fake_quantization": list(parts),
-        }
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = V4ForCausalLM(config)
-        for parameter in model.parameters():
-            parameter.data += 0.1 * torch.randn_like(parameter)
-    return model
+    return small_model(hidden_size=64, moe_intermediate_size=64, fake_quantization=list(parts))
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:

@@ -6,41 +6,22 @@ from typing import Any
 
 import pytest
 import torch
+from small_v4 import VOCAB, small_model
 from torch import Tensor
 from transformers import DynamicCache
 
-from posttrain.backbone import V4Cache, V4ForCausalLM, preset_config
+from posttrain.backbone import V4Cache
 from posttrain.backbone.presets import CSA, HCA, SLIDING
 
-VOCAB, PAD = 61, 2
+PAD = 2
 
 
 def make_model(layer_types: Sequence[str] = (SLIDING, CSA, HCA), *, seed: int = 0) -> Any:
     """A small V4 whose window (7), top-k (3) and rates (4, 8) are shorter than the prompts, sure
     enough of its next token that rounding never decides."""
-    config = preset_config(
-        "tiny", vocab_size=VOCAB, bos_token_id=0, eos_token_id=1, pad_token_id=PAD
-    )
-    config.update(
-        {
-            "layer_types": list(layer_types),
-            "mlp_layer_types": ["hash_moe"] + ["moe"] * (len(layer_types) - 1),
-            "num_hidden_layers": len(layer_types),
-            "hidden_size": 32,
-            "moe_intermediate_size": 16,
-            "n_routed_experts": 4,
-            "compress_rates": {CSA: 4, HCA: 8},
-            "sliding_window": 7,
-            "index_topk": 3,
-            "hc_sinkhorn_iters": 4,
-        }
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = V4ForCausalLM(config).eval()
-        for parameter in model.parameters():
-            parameter.data += 0.1 * torch.randn_like(parameter)
-        model.lm_head.weight.data *= 20
+    few = {"n_routed_experts": 4, "index_topk": 3, "hc_sinkhorn_iters": 4}
+    model = small_model(layer_types, seed=seed, **few).eval()
+    model.lm_head.weight.data *= 20
     return model
 
 

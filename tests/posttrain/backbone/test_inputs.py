@@ -5,39 +5,24 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from small_v4 import VOCAB, small_model
 from torch import Tensor
 
-from posttrain.backbone import V4ForCausalLM, preset_config
+from posttrain.backbone import V4ForCausalLM
 from posttrain.backbone.presets import CSA, HCA, SLIDING
 
-VOCAB = 61
 ALL_KINDS = (SLIDING, CSA, HCA)
 
 
 def make_model(
     layer_types: Sequence[str] = ALL_KINDS, *, num_hash_layers: int = 1, hca_rate: int = 8
 ) -> V4ForCausalLM:
-    config = preset_config("tiny", vocab_size=VOCAB, bos_token_id=0, eos_token_id=1, pad_token_id=2)
-    num_layers = len(layer_types)
-    config.update(
-        {
-            "layer_types": list(layer_types),
-            "mlp_layer_types": ["hash_moe"] * num_hash_layers
-            + ["moe"] * (num_layers - num_hash_layers),
-            "num_hidden_layers": num_layers,
-            "hidden_size": 32,
-            "moe_intermediate_size": 16,
-            "compress_rates": {CSA: 4, HCA: hca_rate},
-            "sliding_window": 7,
-            "index_topk": 4,
-        }
+    num_moe = len(layer_types) - num_hash_layers
+    return small_model(
+        layer_types,
+        mlp_layer_types=["hash_moe"] * num_hash_layers + ["moe"] * num_moe,
+        compress_rates={CSA: 4, HCA: hca_rate},
     )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = V4ForCausalLM(config)
-        for parameter in model.parameters():
-            parameter.data += 0.1 * torch.randn_like(parameter)
-    return model.train()
 
 
 def draw(rows: int, columns: int) -> Tensor:

@@ -7,18 +7,17 @@ import pytest
 import torch
 from accelerate import Accelerator
 from peft import LoraConfig, PeftModel, get_peft_model
+from small_v4 import VOCAB, small_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from posttrain.backbone import V4ForCausalLM, preset_config
-from posttrain.backbone.presets import CSA, HCA, SLIDING
+from posttrain.backbone import V4ForCausalLM
 
 pytestmark = [
     # PEFT 0.21 asks by the name that transformers 5.23 deprecates
     pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing.*` is deprecated"),
 ]
 
-VOCAB = 61
 ATTENTION = r".*self_attn\.(q_a_proj|q_b_proj|kv_proj|o_b_proj)"
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 TARGETS: dict[str, dict[str, Any]] = {
@@ -32,24 +31,8 @@ IDS = torch.randint(3, VOCAB, (2, 30), generator=torch.Generator().manual_seed(1
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    config = preset_config("tiny", vocab_size=VOCAB, bos_token_id=0, eos_token_id=1, pad_token_id=2)
-    config.update(
-        {
-            "layer_types": [SLIDING, CSA, HCA],
-            "hidden_size": 32,
-            "moe_intermediate_size": 16,
-            "compress_rates": {CSA: 4, HCA: 8},
-            "sliding_window": 7,
-            "index_topk": 4,
-        }
-    )
     folder = tmp_path_factory.mktemp("start")
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = V4ForCausalLM(config)
-        for parameter in model.parameters():
-            parameter.data += 0.1 * torch.randn_like(parameter)
-    model.save_pretrained(folder)
+    small_model().save_pretrained(folder)
     return folder
 
 

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from small_v4 import small_model
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     DataCollatorForSeq2Seq,
     Trainer,
-    TrainerCallback,
     TrainingArguments,
 )
 from transformers.models.deepseek_v4 import DeepseekV4ForCausalLM
@@ -25,9 +25,9 @@ from trl.trainer.kto_config import KTOConfig
 from trl.trainer.kto_trainer import KTOTrainer
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
+from trl_steps import Gradients, gradients_of, step_options
 
-from posttrain.backbone import V4ForCausalLM, preset_config
-from posttrain.backbone.presets import CSA, HCA, SLIDING
+from posttrain.backbone import V4ForCausalLM
 from posttrain.tokenizer import build_tokenizer
 
 pytestmark = [
@@ -51,26 +51,8 @@ def tokenizer() -> Any:
 @pytest.fixture(scope="module")
 def start(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint whose window (7), top-k (4) and rates (4, 8) are shorter than most documents."""
-    config = preset_config(
-        "tiny", vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=1, pad_token_id=2
-    )
-    config.update(
-        {
-            "layer_types": [SLIDING, CSA, HCA],
-            "hidden_size": 32,
-            "moe_intermediate_size": 16,
-            "compress_rates": {CSA: 4, HCA: 8},
-            "sliding_window": 7,
-            "index_topk": 4,
-        }
-    )
     folder = tmp_path_factory.mktemp("start")
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = V4ForCausalLM(config)
-        for parameter in model.parameters():  # norms, sinks, biases: no value that hides a mistake
-            parameter.data += 0.1 * torch.randn_like(parameter)
-    model.save_pretrained(folder)
+    small_model(vocab_size=len(tokenizer)).save_pretrained(folder)
     return folder
 
 
@@ -80,38 +62,9 @@ def documents(tokenizer: Any) -> list[Tensor]:
     return [torch.randint(3, len(tokenizer), (n,), generator=generator) for n in LENGTHS]
 
 
-class Gradients(TrainerCallback):
-    """What the optimizer is about to use."""
-
-    def __init__(self) -> None:
-        self.found: dict[str, Tensor] = {}
-
-    def on_pre_optimizer_step(self, *args: Any, model: Any = None, **kwargs: Any) -> None:
-        self.found = gradients_of(model)
-
-
-def gradients_of(model: Any) -> dict[str, Tensor]:
-    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-
-
 def options(folder: Path, **changes: Any) -> dict[str, Any]:
-    """Arguments of a single step in which nothing is clipped."""
-    return {
-        "output_dir": str(folder),
-        "max_steps": 1,
-        "per_device_train_batch_size": len(LENGTHS),
-        "learning_rate": 1e-2,
-        "max_grad_norm": 0.0,
-        "logging_steps": 1,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "save_strategy": "no",
-        "use_cpu": True,
-        "bf16": False,
-        "seed": 1,
-        "dataloader_pin_memory": False,
-        **changes,
-    }
+    own = {"per_device_train_batch_size": len(LENGTHS)}
+    return step_options(folder, **{**own, **changes})
 
 
 def load(folder: Path) -> V4ForCausalLM:

@@ -11,17 +11,18 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from small_v4 import small_model
 from torch import Tensor
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM
 from trl.trainer.distillation_config import DistillationConfig
 from trl.trainer.distillation_trainer import DistillationTrainer
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.rloo_config import RLOOConfig
 from trl.trainer.rloo_trainer import RLOOTrainer
+from trl_steps import Gradients, gradients_of, step_options
 
-from posttrain.backbone import V4ForCausalLM, preset_config
-from posttrain.backbone.presets import CSA, HCA, SLIDING
+from posttrain.backbone import V4ForCausalLM
 from posttrain.tokenizer import build_tokenizer
 
 pytestmark = [
@@ -47,27 +48,9 @@ def tokenizer() -> Any:
 @pytest.fixture(scope="module")
 def folders(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Two checkpoints whose window (7), top-k (4) and rates (4, 8) are shorter than the rows."""
-    config = preset_config(
-        "tiny", vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=1, pad_token_id=2
-    )
-    config.update(
-        {
-            "layer_types": [SLIDING, CSA, HCA],
-            "hidden_size": 32,
-            "moe_intermediate_size": 16,
-            "compress_rates": {CSA: 4, HCA: 8},
-            "sliding_window": 7,
-            "index_topk": 4,
-        }
-    )
     folders = [tmp_path_factory.mktemp(name) for name in ("policy", "teacher")]
     for seed, folder in enumerate(folders):
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            model = V4ForCausalLM(config)
-            for parameter in model.parameters():
-                parameter.data += 0.1 * torch.randn_like(parameter)
-        model.save_pretrained(folder)
+        small_model(seed=seed, vocab_size=len(tokenizer)).save_pretrained(folder)
     return folders
 
 
@@ -78,40 +61,9 @@ def load(folder: Path) -> Any:
     return model.train()
 
 
-class Gradients(TrainerCallback):
-    """What the optimizer is about to use."""
-
-    def __init__(self) -> None:
-        self.found: dict[str, Tensor] = {}
-
-    def on_pre_optimizer_step(self, *args: Any, model: Any = None, **kwargs: Any) -> None:
-        self.found = gradients_of(model)
-
-
-def gradients_of(model: Any) -> dict[str, Tensor]:
-    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-
-
 def options(folder: Path, **changes: Any) -> dict[str, Any]:
-    """Arguments of a single step in which nothing is clipped."""
-    return {
-        "output_dir": str(folder),
-        "max_steps": 1,
-        "per_device_train_batch_size": 4,
-        "max_completion_length": 14,
-        "temperature": 1.0,
-        "learning_rate": 1e-2,
-        "max_grad_norm": 0.0,
-        "logging_steps": 1,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "save_strategy": "no",
-        "use_cpu": True,
-        "bf16": False,
-        "seed": 1,
-        "dataloader_pin_memory": False,
-        **changes,
-    }
+    own = {"per_device_train_batch_size": 4, "max_completion_length": 14, "temperature": 1.0}
+    return step_options(folder, **{**own, **changes})
 
 
 def train(
