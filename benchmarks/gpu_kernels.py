@@ -1,109 +1,214 @@
-"""Time each Triton kernel against its torch reference: `python benchmarks/gpu_kernels.py OUT.md`.
+"""The Triton kernels and whole steps on a GPU, in one run: `python benchmarks/gpu_kernels.py`.
 
-Needs a GPU and triton. Each row: V4-Flash's sizes unless --small, medians of synchronised calls,
-and the error between the two (the norm of the difference over the reference's). Kernels in
-bfloat16 where V4 computes in it; a reference that would not fit runs on a part of the tokens.
-With TRITON_INTERPRET=1 (numpy below 2.4), --device cpu and --small it only shows that it runs.
+Writes docs/backbone-gpu.md and the .json beside it, anew after each part. A part is a process of
+its own with a limit of time, so that what fails or hangs costs its own rows alone, and is named on
+the page; the whole ends within eight minutes. Needs a GPU, torch, triton and transformers; where
+the package is not installed, PYTHONPATH=. in the checkout; pytest for the tests.
+
+kernels     each against its torch reference: the error (the norm of the difference over the
+            reference's) at small odd sizes in float32 and at V4-Flash's sizes in its dtypes, then
+            milliseconds and peak memory at the latter
+steps       forward + backward and a decode step: with kernels, without, stock transformers
+tests       tests/posttrain/backbone/kernels on the device
+
+Times are medians of synchronised calls; memory is the peak above what was held before the call.
 """
 
 import argparse
+import json
+import os
+import platform
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
+import gpu_rows
+import gpu_steps
 import torch
+import transformers
 import triton
-from torch import Tensor
 
-from posttrain.backbone import fp4, hyper_connections
-from posttrain.backbone.kernels import indexer_topk, mix, mxfp4, sinkhorn, sparse_attention
+from posttrain.backbone import kernels
 
-Run = Callable[[], Sequence[Tensor]]
+Json = dict[str, Any]
 
-
-@dataclass(frozen=True)
-class Sizes:
-    tokens: int = 2048
-    heads: int = 64
-    head_dim: int = 512
-    window: int = 128
-    top_k: int = 512
-    entries: int = 16384
-    index_heads: int = 64
-    index_dim: int = 128
-    hidden: int = 4096
-    experts: tuple[int, int, int] = (16, 4096, 4096)
-    repeats: int = 20
-
-
-SMALL = Sizes(4, 3, 16, 4, 6, 40, 3, 16, 24, (2, 3, 64), 1)
-
-
-@dataclass(frozen=True)
-class Row:
-    """A kernel and its reference; each call gives what is compared."""
-
-    name: str
-    shape: str
-    kernel: Run
-    reference: Run
+TOTAL_S = 450
+"""The whole run's, of which each part has at most its limit below."""
+KERNELS = {"attention": 75, "indexer": 60, "mhc": 60, "mxfp4": 45}
+STEPS = {"tiny": 45, "long": 60, "flash": 75, "decode": 45}
+TESTS = {"tests": 150}
+CALLS_S = 2.0
+"""For the calls of one measurement, after the first two."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("out", type=Path, help="the markdown file to write")
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--small", action="store_true", help="tiny sizes, for a trial")
+    parser.add_argument("--page", type=Path, default=Path("docs/backbone-gpu.md"))
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    device, sizes = torch.device(arguments.device), SMALL if arguments.small else Sizes()
-    on_gpu = device.type == "cuda"
-    name = torch.cuda.get_device_name(device) if on_gpu else "CPU, interpreted: no timing"
-    lines = [
-        "# Triton kernels against torch",
-        "",
-        f"{datetime.now(UTC):%Y-%m-%d}, {name}, torch {torch.__version__}, triton "
-        f"{triton.__version__}. Medians of {sizes.repeats} calls.",
-        "",
-        "| kernel | shape | torch ms | kernel ms | ratio | error |",
-        "|---|---|---|---|---|---|",
-    ]
+    if arguments.worker:
+        for found in work(arguments.worker, torch.device("cuda")):
+            print(json.dumps(found), flush=True)  # noqa: T201  # what the parent reads
+        return
+    if not torch.cuda.is_available():
+        parser.error("no CUDA device: on CPU the kernels' tests run by triton's interpreter")
+    everything({**KERNELS, **TESTS, **STEPS}, arguments.page)
+
+
+def everything(limits: dict[str, int], page_path: Path) -> None:
+    """All parts, one after the other; page and json are whole after each."""
+    end, data = time.monotonic() + TOTAL_S, machine()
+    for part, limit in limits.items():
+        started = time.monotonic()
+        limit_s = min(limit, end - started)
+        if limit_s < 5:
+            data["failures"].append(f"{part}: not begun, the run's {TOTAL_S} s were over")
+            write(page_path, data)
+            continue
+        rows, failure = run_part(command_of(part), limit_s)
+        data["rows"] += [{"part": part, **row} for row in rows]
+        data["failures"] += [f"{part}: {failure}"] if failure else []
+        data["seconds"][part] = round(time.monotonic() - started, 1)
+        write(page_path, data)
+
+
+def command_of(part: str) -> list[str]:
+    if part in TESTS:
+        folder = "tests/posttrain/backbone/kernels"
+        options = ("-q", "--tb=line", "-W", "default", "-p", "no:cacheprovider", "-o", "addopts=")
+        return [sys.executable, "-m", "pytest", *options, "--import-mode=importlib", folder]
+    return [sys.executable, __file__, "--worker", part]
+
+
+def run_part(command: Sequence[str], limit_s: float) -> tuple[list[Json], str]:
+    """The rows that a process printed, and how it failed, "" if it did not. Of what prints no
+    rows, such as pytest, the last line is one row."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    try:
+        done = subprocess.run(
+            command, capture_output=True, timeout=limit_s, env=environment, check=False
+        )
+        out, errors = done.stdout, done.stderr
+        failure = f"exit status {done.returncode}" if done.returncode else ""
+    except subprocess.TimeoutExpired as late:
+        out, errors = late.stdout or b"", late.stderr or b""
+        failure = f"stopped after {limit_s:.0f} s"
+    lines = out.decode(errors="replace").split("\n")
+    rows: list[Json] = [json.loads(line) for line in lines if line.startswith('{"name"')]
+    said = [line for line in lines if line.strip() and not line.startswith("{")]
+    rows += [{"name": "tests", "said": said[-1]}] if said and not rows else []
+    last = [line for line in errors.decode(errors="replace").split("\n") if line.strip()][-1:]
+    return rows, "; ".join([failure, *last]) if failure else ""
+
+
+def machine() -> Json:
+    """What the numbers depend on, and room for them."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
+    return {
+        "date": f"{datetime.now(UTC):%Y-%m-%d}",
+        "device": device,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "triton": triton.__version__,
+            "transformers": transformers.__version__,
+        },
+        "rows": [],
+        "failures": [],
+        "seconds": {},
+    }
+
+
+def work(part: str, device: torch.device) -> Iterator[Json]:
+    """The rows of one part; one that fails says so in its place."""
     torch.manual_seed(0)
-    for row in rows(sizes, device):
-        lines.append(measure(row, device, sizes.repeats))
-        arguments.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    if part in STEPS:
+        for step in gpu_steps.steps(part):
+            yield from recorded(step.name, lambda step=step: measure_step(step, device))
+        return
+    both = (gpu_rows.rows(part, size, device) for size in (gpu_rows.SMALL, gpu_rows.Sizes()))
+    for small, full in zip(*both, strict=True):
+        yield from recorded(full.name, lambda small=small, full=full: measure(small, full, device))
 
 
-def rows(s: Sizes, device: torch.device) -> Iterator[Row]:
-    yield from attention_rows(s, device)
-    yield from indexer_rows(s, device)
-    yield from mhc_rows(s, device)
-    yield from mxfp4_rows(s, device)
+def recorded(name: str, measured: Callable[[], Json]) -> Iterator[Json]:
+    try:
+        yield {"name": name, **measured()}
+    except Exception as error:  # noqa: BLE001  # a GPU's errors are of every kind: the page says it
+        yield {"name": name, "failure": said(error)}
 
 
-def measure(row: Row, device: torch.device, repeats: int) -> str:
-    """A line of the table."""
-    pairs = list(zip(row.kernel(), row.reference(), strict=True))
-    error = max(float((a.double() - b.double()).norm() / b.double().norm()) for a, b in pairs)
-    of_torch, of_kernel = (median(f, device, repeats) for f in (row.reference, row.kernel))
-    return (
-        f"| {row.name} | {row.shape} | {of_torch:.3f} | {of_kernel:.3f} | "
-        f"{of_torch / of_kernel:.2f} | {error:.1e} |"
-    )
+def said(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
-def median(function: Run, device: torch.device, repeats: int) -> float:
-    """Milliseconds a call, the first two left out."""
+def measure(small: gpu_rows.Row, full: gpu_rows.Row, device: torch.device) -> Json:
+    """Errors at both sizes, then time and memory at the full ones."""
+    found: Json = {"shape": full.shape, "small_error": error(small), "error": error(full)}
+    for name, run in (("torch", full.reference), ("kernel", full.kernel)):
+        with without_kernels(name == "torch"):
+            found[f"{name}_ms"], found[f"{name}_mib"] = timed(run, device)
+    return found
+
+
+def measure_step(step: gpu_steps.Step, device: torch.device) -> Json:
+    """Time, memory and loss of each variant: {"kernels_ms": .., "stock_loss": ..}."""
+    found: Json = {"shape": step.shape}
+    for name, make in step.variants(device):
+        with without_kernels(name == "torch"):
+            try:
+                run = make()
+                found[f"{name}_loss"] = run()
+                found[f"{name}_ms"], found[f"{name}_mib"] = timed(run, device)
+            except Exception as error:  # noqa: BLE001  # the other variants are measured all the same
+                found[f"{name}_failure"] = said(error)
+    return found
+
+
+def error(row: gpu_rows.Row) -> float:
+    with without_kernels():
+        wanted = row.reference()
+    pairs = zip(row.kernel(), wanted, strict=True)
+    return max(float((a.double() - b.double()).norm() / b.double().norm()) for a, b in pairs)
+
+
+@contextmanager
+def without_kernels(wanted: bool = True) -> Iterator[None]:
+    """The backbone's own functions take the torch path, as if triton were not installed."""
+    has_triton = kernels._has_triton
+    if wanted:
+        kernels._has_triton = lambda: False
+    try:
+        yield
+    finally:
+        kernels._has_triton = has_triton
+
+
+def timed(function: Callable[[], object], device: torch.device) -> tuple[float, float]:
+    """Milliseconds a call, and MiB above what was held before it."""
+    function()
+    synchronise(device)
+    is_cuda = device.type == "cuda"
+    base = torch.cuda.memory_allocated() if is_cuda else 0
+    if is_cuda:
+        torch.cuda.reset_peak_memory_stats()
+    function()
+    synchronise(device)
+    peak = torch.cuda.max_memory_allocated() - base if is_cuda else 0
     seconds: list[float] = []
-    for _ in range(repeats + 2):
-        synchronise(device)
+    end = time.perf_counter() + CALLS_S
+    while not seconds or (time.perf_counter() < end and len(seconds) < 20):
         start = time.perf_counter()
         function()
         synchronise(device)
         seconds.append(time.perf_counter() - start)
-    return 1000 * statistics.median(seconds[2:])
+    return 1000 * statistics.median(seconds), peak / 2**20
 
 
 def synchronise(device: torch.device) -> None:
@@ -111,114 +216,64 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def with_gradients(function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> Run:
-    """The output and the gradients of its sum's square, so that they are not all alike."""
-
-    def run() -> Sequence[Tensor]:
-        leaves = [x.detach().requires_grad_() for x in inputs]
-        out = function(*leaves)
-        return [out.detach(), *torch.autograd.grad(out, leaves, out.detach())]
-
-    return run
+def write(path: Path, data: Json) -> None:
+    path.with_suffix(".json").write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    path.write_text(page(data), encoding="utf-8")
 
 
-def attention_rows(s: Sizes, device: torch.device) -> Iterator[Row]:
-    keys, scale = s.window + s.top_k, s.head_dim**-0.5
-    rows = s.tokens + s.entries
-    q = torch.randn(s.tokens, s.heads, s.head_dim, device=device, dtype=torch.bfloat16)
-    pool = torch.randn(rows, s.head_dim, device=device, dtype=torch.bfloat16)
-    sink = torch.randn(s.heads, device=device)
-    index = torch.randint(rows, (s.tokens, keys), device=device, dtype=torch.int32)
+def page(data: Json) -> str:
+    """The markdown page: where it was measured, tables, tests, and what failed."""
+    versions = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
+    good = [row for row in data["rows"] if "failure" not in row]
+    lines = [
+        "# The backbone on a GPU",
+        "",
+        f"{data['date']}, {data['device']}, {versions}. Written by `benchmarks/gpu_kernels.py`,",
+        "which says how.",
+        "",
+        "| kernel | shape | error, small | error | torch ms | kernel ms | ratio | torch MiB "
+        "| kernel MiB |",
+        "|---|---|---|---|---|---|---|---|---|",
+        *(kernel_line(row) for row in good if row["part"] in KERNELS),
+        "",
+        "| step | shape | stock ms | torch ms | kernels ms | stock / kernels | stock MiB "
+        "| torch MiB | kernels MiB | loss: stock, torch, kernels |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+        *(step_line(row) for row in good if row["part"] in STEPS),
+        "",
+        *(f"Kernels' tests: {row['said']}." for row in good if row["part"] in TESTS),
+    ]
+    failed = [
+        f"{row['name']}, {key}: {text}"
+        for row in data["rows"]
+        for key, text in row.items()
+        if key.endswith("failure")
+    ]
+    failed += data["failures"]
+    lines += ["", "Failed:", "", *(f"- {one}" for one in failed)] if failed else []
+    return "\n".join(lines) + "\n"
 
-    def kernel(q: Tensor, pool: Tensor, sink: Tensor) -> Tensor:
-        return sparse_attention.sparse_attention(q, pool, index, sink, scale=scale)[0]
 
-    def reference(q: Tensor, pool: Tensor, sink: Tensor) -> Tensor:
-        dense = sparse_attention.reference
-        return dense(q, pool, index, sink.to(q.dtype), scale=scale)[0]
-
-    shape = f"T {s.tokens}, h {s.heads}, d {s.head_dim}, K {keys}"
-    inputs = (q, pool, sink)
-    yield Row("sparse attention", shape, lambda: [kernel(*inputs)], lambda: [reference(*inputs)])
-    both = with_gradients(kernel, inputs), with_gradients(reference, inputs)
-    yield Row("sparse attention, with backward", shape, *both)
-
-
-def indexer_rows(s: Sizes, device: torch.device) -> Iterator[Row]:
-    """Integers, whose scores are exact in both: the choices must be equal."""
-    size = (s.tokens, s.index_heads, s.index_dim)
-    q = torch.randint(-4, 5, size, device=device).bfloat16()
-    key = torch.randint(-4, 5, (s.entries, s.index_dim), device=device).bfloat16()
-    weight = torch.randint(-4, 5, size[:2], device=device).float()
-    first = torch.zeros(s.tokens, dtype=torch.int32, device=device)
-    count = torch.linspace(1, s.entries, s.tokens, device=device).int()
-    inputs = (q, weight, key, first, count)
-
-    def reference() -> Sequence[Tensor]:
-        parts = zip(*(x.split(128) for x in (q, weight, first, count)), strict=True)
-        return [
-            torch.cat(
-                [
-                    indexer_topk.reference(a.float(), w, key.float(), f, c, s.top_k)
-                    for a, w, f, c in parts
-                ]
-            )
-        ]
-
-    yield Row(
-        "indexer top-k",
-        f"T {s.tokens}, E {s.entries}, h {s.index_heads}, c {s.index_dim}, k {s.top_k}",
-        lambda: [indexer_topk.top_entries(*inputs, top_k=s.top_k, most_visible=s.entries)],
-        reference,
+def kernel_line(row: Json) -> str:
+    return (
+        f"| {row['name']} | {row['shape']} | {row['small_error']:.1e} | {row['error']:.1e} | "
+        f"{row['torch_ms']:.3f} | {row['kernel_ms']:.3f} | {row['torch_ms'] / row['kernel_ms']:.2f}"
+        f" | {row['torch_mib']:.0f} | {row['kernel_mib']:.0f} |"
     )
 
 
-def mhc_rows(s: Sizes, device: torch.device) -> Iterator[Row]:
-    tokens, shape = 8 * s.tokens, f"T {8 * s.tokens}, N 4, H {s.hidden}"
-    comb = torch.rand(4, 4, tokens, device=device) + 0.1
+def step_line(row: Json) -> str:
+    names = ("stock", "torch", "kernels")
 
-    def swept(function: type[torch.autograd.Function]) -> Run:
-        return with_gradients(lambda x: function.apply(x, 20, 1e-6), [comb])
+    def cells(of: str, form: str) -> list[str]:
+        return [format(row[f"{n}_{of}"], form) if f"{n}_{of}" in row else "-" for n in names]
 
-    yield Row(
-        "Sinkhorn, with backward",
-        shape,
-        swept(sinkhorn.Sinkhorn),
-        swept(hyper_connections.Sinkhorn),
-    )
-    x = torch.randn(tokens, 4, s.hidden, device=device)
-    y, post = torch.randn(tokens, s.hidden, device=device), torch.rand(4, tokens, device=device)
-    mixes = (with_gradients(f, [x, y, post, comb]) for f in (mix.mix, hyper_connections.mix))
-    yield Row("mHC mix, with backward", shape, *mixes)
-    collapses = (mix.Collapse.apply, hyper_connections.Collapse.apply)
-    yield Row(
-        "mHC collapse, with backward", shape, *(with_gradients(f, [post, x]) for f in collapses)
-    )
-
-
-def mxfp4_rows(s: Sizes, device: torch.device) -> Iterator[Row]:
-    weight = torch.randn(s.experts, device=device)
-    codes, scale = fp4.quantize_mxfp4(weight)
-    shape = " x ".join(map(str, s.experts))
-    yield Row(
-        "MXFP4 quantise",
-        shape,
-        lambda: mxfp4.quantize_mxfp4(weight)[:1],
-        lambda: fp4.quantize_mxfp4(weight)[:1],
-    )
-    bf16 = torch.bfloat16
-    yield Row(
-        "MXFP4 dequantise",
-        shape,
-        lambda: [mxfp4.dequantize_mxfp4(codes, scale, dtype=bf16)],
-        lambda: [fp4.dequantize_mxfp4(codes, scale, dtype=bf16)],
-    )
-    yield Row(
-        "MXFP4 there and back",
-        shape,
-        lambda: [mxfp4.fake_mxfp4(weight)],
-        lambda: [fp4.fake_mxfp4(weight)],
-    )
+    ratio = "-"
+    if "stock_ms" in row and "kernels_ms" in row:
+        ratio = f"{row['stock_ms'] / row['kernels_ms']:.2f}"
+    losses = ", ".join(cells("loss", ".4f"))
+    columns = [*cells("ms", ".2f"), ratio, *cells("mib", ".0f"), losses]
+    return f"| {row['name']} | {row['shape']} | {' | '.join(columns)} |"
 
 
 if __name__ == "__main__":

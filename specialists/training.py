@@ -29,7 +29,6 @@ from transformers import (
     set_seed,
 )
 
-from posttrain.backbone.auxiliary import scale_own_losses
 from posttrain.checkpoints import save_checkpoint
 from posttrain.config import OptimizerConfig, learning_rate_factor
 from posttrain.files import write_atomic
@@ -142,7 +141,6 @@ def run(
     else:
         logger.info("going on from %s", newest)
         job.metrics.rewind(step_of(newest))
-    scale_own_losses(model_of(trainer), 1 / trainer.args.gradient_accumulation_steps)
     with known_warnings():
         trainer.train(resume_from_checkpoint=str(newest) if newest else None)
     save_checkpoint(model_of(trainer), tokenizer, job.out / RESULT)

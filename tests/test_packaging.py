@@ -18,9 +18,9 @@ ROOT = Path(__file__).resolve().parent.parent
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 
 
-def preflight() -> Any:
-    """scripts/preflight.py, which is no part of the packages."""
-    spec = importlib.util.spec_from_file_location("preflight", ROOT / "scripts" / "preflight.py")
+def script(path: str) -> Any:
+    """scripts/preflight.py, say, which is no part of the packages."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
     assert spec
     assert spec.loader
     module = importlib.util.module_from_spec(spec)
@@ -72,9 +72,17 @@ def test_a_wheel_carries_the_packages_recipes_and_template(tmp_path: Path) -> No
 def test_too_little_disk_or_memory_is_said_before_anything_is_done(
     purpose: str, disk_gb: float, memory_gb: float, said: str
 ) -> None:
-    (line,) = preflight().lacks(purpose, ROOT, disk_gb, memory_gb)
+    (line,) = script("scripts/preflight.py").lacks(purpose, ROOT, disk_gb, memory_gb)
     assert said in line
 
 
 def test_enough_disk_and_memory_lack_nothing() -> None:
-    assert list(preflight().lacks("run", ROOT, 10.0, 8.0)) == []
+    assert list(script("scripts/preflight.py").lacks("run", ROOT, 10.0, 8.0)) == []
+
+
+def test_the_budget_is_what_mixed_learned_from_over_what_specialists_and_opd_did() -> None:
+    budget, merged = script("benchmarks/results.py").budget, {"base": 999, "sft/code": 60}
+    merged |= {"grpo/code": 20, "opd": 20}
+    (_, line) = budget({"tokens": {**merged, "sft/mixed": 30, "grpo/mixed": 120}})
+    assert "from 150 tokens, all specialists and OPD together from 100 (ratio 1.50)" in line
+    assert budget({"tokens": merged}) == []

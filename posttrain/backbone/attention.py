@@ -20,7 +20,8 @@ from posttrain.backbone.cache import V4Cache
 from posttrain.backbone.compressor import compress, compress_on
 from posttrain.backbone.fake_quant import rounded_index, rounded_kv
 from posttrain.backbone.kernels import use_kernels
-from posttrain.backbone.rope import rotate, rotations
+from posttrain.backbone.norm import take_own_norms
+from posttrain.backbone.rope import NormAndRotate, rotate, rotations
 from posttrain.backbone.routing import RouteTape
 from posttrain.backbone.segments import Documents, Rows
 
@@ -91,6 +92,7 @@ class V4Attention(stock.DeepseekV4Attention):
         super().__init__(config, layer_idx)
         out_features, in_features = self.o_a_proj.weight.shape
         self.o_a_proj = GroupedLinear(in_features, out_features, config.o_groups)
+        take_own_norms(self)
 
     def forward(self, x_TH: Tensor, context: Context) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """x (T, H) -> (T, H), the indexer's loss attached where it is wanted."""
@@ -229,7 +231,8 @@ def project_queries(attention: Any, x: Tensor, rotation: Tensor) -> tuple[Tensor
     """Query latents (..., q_lora) and rotated queries (..., h, d)."""
     latent = attention.q_a_norm(attention.q_a_proj(x))
     q = attention.q_b_proj(latent).unflatten(-1, (attention.num_heads, attention.head_dim))
-    return latent, rotate(attention.q_b_norm(q), rotation)
+    turned: Any = NormAndRotate.apply(q, rotation, attention.q_b_norm.eps)
+    return latent, turned
 
 
 def project_output(attention: Any, out: Tensor, rotation: Tensor) -> Tensor:

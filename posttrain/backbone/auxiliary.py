@@ -9,6 +9,13 @@ and where a gradient comes back to them, whatever its size, each attached loss L
 Attach inside the layer that made the loss, to its output: then the loss lives and dies in that
 layer's gradient checkpoint, of either kind. A loss that leaves a non-reentrant checkpoint and is
 attached outside trains too, but keeps the layer's recomputed activations longer.
+
+Each loss is a mean over one forward's tokens. Where n forwards make a step, they are to add up to
+the step's mean, so scale is 1 / n, and the base model has to know n. Only the training loop knows
+it: transformers' Trainer divides its own loss where no model can see it and tells accelerate that
+n is 1, TRL's trainers beside it. So a callback tells the model (`ScaleOwnLosses`), and it joins a
+Trainer by itself (`join_trainers`); loops written with accelerate are asked (`step_share`); any
+other loop says so itself (`scale_own_losses`).
 """
 
 from __future__ import annotations
@@ -18,6 +25,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import TrainerCallback
+from transformers.trainer_utils import has_length
 
 
 class Attach(torch.autograd.Function):
@@ -65,12 +74,62 @@ def attach(hidden: Tensor, losses: Sequence[Tensor], scale: float | Tensor) -> T
     return Attach.apply(hidden, scale, *losses)  # pyright: ignore[reportReturnType]
 
 
-def scale_own_losses(model: Any, scale: float | Tensor) -> None:
+def scale_own_losses(model: Any, scale: float | Tensor | None) -> None:
     """Set the gradient of the losses that a causal model's own layers attach, each a mean over a
     forward's tokens: a micro-batch's share of its step's tokens, so that they add up to the step's
-    mean. A model without such losses stays as it is."""
-    if hasattr(model.base_model, "auxiliary_scale"):
-        model.base_model.auxiliary_scale = scale
+    mean. None: 1 / n of the loop's n micro-batches (`step_share`), as a new model has it. Adapters
+    and wrappers may be around it; a model without such losses stays as it is."""
+    bases = (module for module in model.modules() if hasattr(module, "auxiliary_scale"))
+    if base := next(bases, None):
+        base.auxiliary_scale = scale
+
+
+def step_share(num_microbatches: int) -> float:
+    """1 / n, with n what a Trainer said (`num_microbatches`) or what `accelerator.backward` divides
+    by; never both: a Trainer sets accelerate's to 1, and a TRL loop that leaves the division to
+    accelerate may yet call the Trainer's callbacks."""
+    from accelerate.state import GradientState  # for training alone
+
+    return 1 / max(num_microbatches, GradientState().num_steps)
+
+
+class ScaleOwnLosses(TrainerCallback):
+    """Tells the V4s in a Trainer's model how many micro-batches make a step. It is there without
+    being passed where the model is a `V4ForCausalLM`; a model that merely holds one passes it:
+    `callbacks=[ScaleOwnLosses()]`."""
+
+    def __init__(self) -> None:
+        self.bases: list[Any] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        modules = kwargs["model"].modules()
+        self.bases = [module for module in modules if hasattr(module, "num_microbatches")]
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """As the Trainer counts them: an epoch's last step may have fewer."""
+        number = args.gradient_accumulation_steps
+        loader = kwargs.get("train_dataloader")
+        if has_length(loader):
+            num_full, num_left = divmod(len(loader), number)
+            if num_left and state.global_step % (num_full + 1) == num_full:
+                number = num_left
+        self._tell(number)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._tell(1)
+
+    def _tell(self, number: int) -> None:
+        for base in self.bases:
+            base.num_microbatches = number
+
+
+def join_trainers() -> None:
+    """Every Trainer made from now on has a `ScaleOwnLosses`, which leaves other models alone."""
+    from transformers import trainer  # brings datasets and pandas: not for those who never train
+
+    callbacks: list[Any] = trainer.DEFAULT_CALLBACKS
+    if ScaleOwnLosses not in callbacks:
+        callbacks.append(ScaleOwnLosses)
 
 
 class Touch(torch.autograd.Function):

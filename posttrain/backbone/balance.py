@@ -105,25 +105,36 @@ class LoadMeter:
 
 class BalanceExperts(TrainerCallback):
     """For transformers' and TRL's trainers: with `callbacks=[BalanceExperts(1e-3)]` the biases move
-    after each optimiser step by the load that the base model's `load_meter` counted since."""
+    after each optimiser step by the load that the `load_meter`s counted since: the base model's,
+    and that of the block of multi-token prediction, which counts where its own loss trains it."""
 
     def __init__(self, speed: float = 1e-3) -> None:
         """Args: speed: what a bias moves a step; V4 was trained with 1e-3."""
         self.speed = speed
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        metered(kwargs["model"]).load_meter = LoadMeter()
+        for part in metered(kwargs["model"]):
+            part.load_meter = LoadMeter()
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        base = metered(kwargs["model"])
-        load_LE = base.load_meter.take()
-        if load_LE is not None:
-            update_biases(base, load_LE, self.speed)
+        for part in metered(kwargs["model"]):
+            load_LE = part.load_meter.take()
+            if load_LE is not None:
+                update_biases(part, load_LE, self.speed)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        metered(kwargs["model"]).load_meter = None
+        for part in metered(kwargs["model"]):
+            part.load_meter = None
 
 
-def metered(model: nn.Module) -> Any:
-    """The base model in whatever wraps it: the module that has a `load_meter`."""
-    return next(module for module in model.modules() if hasattr(module, "load_meter"))
+def metered(model: nn.Module) -> list[Any]:
+    """The modules with a `load_meter` in whatever wraps them, none of which holds another.
+
+    Raises ValueError: there is none."""
+    found = [module for module in model.modules() if hasattr(module, "load_meter")]
+    if not found:
+        raise ValueError(
+            f"BalanceExperts needs a V4, whose `load_meter` counts tokens by expert; {type(model)} "
+            "has none: leave the callback out"
+        )
+    return found

@@ -29,6 +29,8 @@ def compiled_decode(
     this again when the model itself changed (dtype, device, adapters): only tensors of the cache
     and the batch are looked at in each step, since a look at all modules takes a fifth of it.
 
+    It takes down no routes: that is `V4Model.decode`'s.
+
     Raises ValueError where the config has activations rounded.
     """
     guards: Any = {"guard_filter_fn": torch.compiler.keep_tensor_guards_unsafe}
@@ -55,10 +57,10 @@ def _static_step(model: Any, token_B: Tensor, cache: V4Cache) -> Tensor:
     embeds_BH = model.embed_tokens(token_B)
     x_BNH = embeds_BH.unsqueeze(1).expand(-1, model.config.hc_mult, -1).contiguous()
     for layer in model.layers:
-        post, comb, collapsed = layer.attn_hc(x_BNH)
+        post, comb, collapsed, x_BNH = layer.attn_hc(x_BNH)
         out = decode_attention(layer.self_attn, layer.input_layernorm(collapsed), context)
         x_BNH = mix(x_BNH, out, post, comb)
-        post, comb, collapsed = layer.ffn_hc(x_BNH)
+        post, comb, collapsed, x_BNH = layer.ffn_hc(x_BNH)
         out = _all_experts(layer.mlp, layer.post_attention_layernorm(collapsed), token_B)
         x_BNH = mix(x_BNH, out, post, comb)
     return model.norm(model.hc_head(x_BNH.unsqueeze(0)).squeeze(0))

@@ -16,7 +16,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from posttrain.backbone.rope import rotate
 
@@ -25,14 +27,57 @@ def compress(module: Any, kv_DLX: Tensor, gate_DLX: Tensor, rotation_E: Tensor) 
     """Entries (D, E, C), E = L // m, of whole documents, from projected values and gates.
 
     `rotation_E` (E, r/2) are the RoPE rotations of the windows' first positions."""
-    rate = module.compress_rate
+    bias_mX, is_overlapped = module.position_bias, is_overlapping(module, kv_DLX)
+    pooled: Any = Pool.apply(kv_DLX, gate_DLX, bias_mX, is_overlapped)
+    return rotate(module.kv_norm(pooled), rotation_E).to(kv_DLX.dtype)
+
+
+class Pool(torch.autograd.Function):
+    """Each window's values under its softmax, (D, E, C) in float32 at least; what lies between is
+    formed again in the backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, kv_DLX: Tensor, gate_DLX: Tensor, bias_mX: Tensor, is_overlapped: bool
+    ) -> Tensor:
+        kv, weight = windows(kv_DLX, gate_DLX, bias_mX, is_overlapped=is_overlapped)
+        pooled_DEC = kv.mul_(weight).sum(dim=2)
+        ctx.save_for_backward(kv_DLX, gate_DLX, bias_mX, pooled_DEC)
+        ctx.is_overlapped = is_overlapped
+        return pooled_DEC
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        kv_DLX, gate_DLX, bias_mX, pooled_DEC = ctx.saved_tensors
+        kv, weight = windows(kv_DLX, gate_DLX, bias_mX, is_overlapped=ctx.is_overlapped)
+        grad_kv = weight.mul_(grads[0].unsqueeze(2))
+        grad_gate = kv.sub_(pooled_DEC.unsqueeze(2)).mul_(grad_kv)
+        grad_kv, grad_gate = (
+            overlap_backward(x) if ctx.is_overlapped else x for x in (grad_kv, grad_gate)
+        )
+        grad_bias_mX = grad_gate.sum(dim=(0, 1)).to(bias_mX.dtype)
+        trailing = (0, 0, 0, kv_DLX.shape[1] - grad_kv.shape[1] * grad_kv.shape[2])
+        grad_kv, grad_gate = (
+            F.pad(x.flatten(1, 2), trailing).to(kv_DLX.dtype) for x in (grad_kv, grad_gate)
+        )
+        return grad_kv, grad_gate, grad_bias_mX, None
+
+
+def windows(
+    kv_DLX: Tensor, gate_DLX: Tensor, bias_mX: Tensor, *, is_overlapped: bool
+) -> tuple[Tensor, Tensor]:
+    """Every window's values and their softmax, (D, E, slots, C) each, not to be shared."""
+    rate, wide = len(bias_mX), torch.promote_types(kv_DLX.dtype, torch.float32)
     num_entries = kv_DLX.shape[1] // rate
-    kv = kv_DLX[:, : num_entries * rate].unflatten(1, (num_entries, rate)).float()
-    gate = gate_DLX[:, : num_entries * rate].unflatten(1, (num_entries, rate)).float()
-    gate = gate + module.position_bias
-    if is_overlapping(module, kv_DLX):
-        kv, gate = overlap(kv, 0.0), overlap(gate, float("-inf"))
-    return finish(module, kv, gate, rotation_E).to(kv_DLX.dtype)
+    kv, gate = (
+        x[:, : num_entries * rate].unflatten(1, (num_entries, rate)).to(wide)
+        for x in (kv_DLX, gate_DLX)
+    )
+    gate = gate + bias_mX
+    if is_overlapped:
+        return overlap(kv, 0.0), overlap(gate, float("-inf")).softmax(dim=2)
+    return kv.clone(), gate.softmax(dim=2)
 
 
 def compress_on(
@@ -79,6 +124,13 @@ def overlap(x_DEmX: Tensor, fill: float) -> Tensor:
     series_a, series_b = x_DEmX.chunk(2, dim=-1)
     first = torch.full_like(series_a[:, :1], fill)
     return torch.cat([torch.cat([first, series_a[:, :-1]], dim=1), series_b], dim=2)
+
+
+def overlap_backward(grad_DEsC: Tensor) -> Tensor:
+    """The gradient (D, E, m, 2C) before `overlap`; the last window's Ca are in no entry."""
+    in_next, series_b = grad_DEsC.chunk(2, dim=2)
+    series_a = F.pad(in_next[:, 1:], (0, 0, 0, 0, 0, min(1, in_next.shape[1])))
+    return torch.cat([series_a, series_b], dim=-1)
 
 
 def finish(module: Any, kv: Tensor, gate: Tensor, rotation: Tensor) -> Tensor:

@@ -26,7 +26,8 @@ from torch import Tensor
 from posttrain.backbone import indexer
 from posttrain.backbone.cache import CompressedStore, V4Cache
 from posttrain.backbone.fake_quant import rounded_index, rounded_kv
-from posttrain.backbone.tiles import GATHER
+from posttrain.backbone.routing import RouteTape
+from posttrain.backbone.visible import GATHER
 
 T = TypeVar("T")
 
@@ -40,14 +41,14 @@ class Closing:
 
     row_D: Tensor
     place_DS: Tensor
-    """Where the ring holds its tokens, oldest first."""
-    is_real_DS: Tensor
-    """False before a row's first token."""
+    """Where its tokens' projections stand in the ring's flattened rows of C channels, oldest first:
+    where windows overlap, the first series of the previous window's tokens and the second of this
+    one's."""
+    is_missing_DS1: Tensor
+    """True before a row's first token."""
     entry_D: Tensor
     is_complete_D: Tensor | None
     """Rows that really complete one, where `row_D` are all rows."""
-    series_S: Tensor
-    """Which of two series of projections each place reads, where windows overlap."""
     rotation: Tensor
     """Of each entry, as `DecodeContext.rotation` gives a token's."""
 
@@ -66,6 +67,8 @@ class DecodeContext:
     scaling: float
     is_static: bool = False
     """No shape may depend on a value."""
+    tape: RouteTape | None = None
+    """Takes down the experts that tokens go to, or tells them."""
     _made: dict[Any, Any] = field(default_factory=dict)
 
     def once(self, key: object, make: Callable[[], T]) -> T:
@@ -132,15 +135,17 @@ class DecodeContext:
             row_D, is_complete_B = is_complete_B.nonzero().squeeze(1), None
             if not len(row_D):
                 return None
-        last_D = self.position_B[row_D]
+        last_D, ring = self.position_B[row_D], store.kv_BRX.shape[1]
         token_DS = last_D[:, None] + torch.arange(1 - store.num_read, 1, device=device)
+        place_DS = row_D[:, None] * ring + token_DS % ring
+        if store.is_overlapping:
+            place_DS = 2 * place_DS + torch.arange(store.num_read, device=device) // rate
         return Closing(
             row_D,
-            token_DS % store.kv_BRX.shape[1],
-            token_DS >= 0,
+            place_DS,
+            (token_DS < 0).unsqueeze(-1),
             ((last_D + 1) // rate - 1).clamp(min=0),
             is_complete_B,
-            torch.arange(store.num_read, device=device) // rate,
             rotations(self.inv_freq, last_D + 1 - rate, self.scaling, is_real=self.is_static),
         )
 
@@ -153,7 +158,9 @@ class DecodeContext:
         return self.once("longest", make)
 
 
-def context_of(model: Any, cache: V4Cache, *, is_static: bool = False) -> DecodeContext:
+def context_of(
+    model: Any, cache: V4Cache, *, is_static: bool = False, tape: RouteTape | None = None
+) -> DecodeContext:
     """The context of one more token in every slot; `model` is a V4Model."""
     rope = model.rotary_emb
 
@@ -169,6 +176,7 @@ def context_of(model: Any, cache: V4Cache, *, is_static: bool = False) -> Decode
         rope.compress_inv_freq,
         rope.compress_attention_scaling,
         is_static,
+        tape,
     )
 
 
@@ -338,23 +346,18 @@ def append(
     if closing is None:
         return
     row_D, bias = closing.row_D, module.position_bias
-    kv, gate = (_taken(ring, store, closing).float() for ring in (store.kv_BRX, store.gate_BRX))
+    width = store.entry_BEC.shape[-1]
+    kv, gate = (
+        F.embedding(closing.place_DS, ring_BRX.view(-1, width)).float()
+        for ring_BRX in (store.kv_BRX, store.gate_BRX)
+    )
     if store.is_overlapping:
         bias = torch.cat(bias.chunk(2, dim=-1))
     # a row's last token is always real, so no softmax is over nothing
-    gate = (gate + bias).masked_fill(~closing.is_real_DS.unsqueeze(-1), float("-inf"))
+    gate = (gate + bias).masked_fill(closing.is_missing_DS1, float("-inf"))
     entry_DC = module.kv_norm((kv * gate.softmax(dim=1)).sum(dim=1))
     entry_DC = rounded(rotate(entry_DC, closing.rotation)).to(store.entry_BEC.dtype)
     if closing.is_complete_D is not None:
         old_DC = store.entry_BEC[row_D, closing.entry_D]
         entry_DC = torch.where(closing.is_complete_D[:, None], entry_DC, old_DC)
     store.entry_BEC[row_D, closing.entry_D] = entry_DC
-
-
-def _taken(ring_BRX: Tensor, store: CompressedStore, closing: Closing) -> Tensor:
-    """The projections that make the entries (D, S, C): where windows overlap, the first series of
-    the previous window's tokens and the second of this one's."""
-    row_D1, place_DS = closing.row_D[:, None], closing.place_DS
-    if not store.is_overlapping:
-        return ring_BRX[row_D1, place_DS]
-    return ring_BRX.unflatten(-1, (2, -1))[row_D1, place_DS, closing.series_S]

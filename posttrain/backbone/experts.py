@@ -6,7 +6,9 @@ Legend: T tokens, H hidden size, k experts a token, E experts, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -33,6 +35,17 @@ class Weights(NamedTuple):
     limit: float
 
 
+class Serving(NamedTuple):
+    """What of the experts is rounded as serving rounds it (fake_quant.py)."""
+
+    limit: float
+    """Of SwiGLU."""
+    rounds_inputs: bool = False
+    """Of both matrices, to FP8 and back."""
+    rounds_weights: bool = False
+    """To MXFP4 and back."""
+
+
 class V4Experts(stock.DeepseekV4Experts):
     """Stock's parameters. A module that is called: PEFT's `target_parameters` put their weights in
     place for the time of the call."""
@@ -43,8 +56,14 @@ class V4Experts(stock.DeepseekV4Experts):
 
     def forward(self, x_TH: Tensor, expert_Tk: Tensor, weight_Tk: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """x (T, H), chosen experts and their weights (T, k) -> (T, H)."""
-        rounds_inputs = rounds(self.config, "activations")
-        return run_experts(self.served(), x_TH, expert_Tk, weight_Tk, rounds_inputs=rounds_inputs)
+        return run_experts(
+            self,
+            x_TH,
+            expert_Tk,
+            weight_Tk,
+            rounds_inputs=rounds(self.config, "activations"),
+            rounds_weights=rounds(self.config, "experts"),
+        )
 
     def served(self) -> Any:
         """The weights as serving has them: these, or rounded where that is trained for."""
@@ -54,6 +73,23 @@ class V4Experts(stock.DeepseekV4Experts):
         return Weights(fake_mxfp4(own.gate_up_proj), fake_mxfp4(own.down_proj), own.limit)
 
 
+class V4SharedExpert(stock.DeepseekV4MLP):
+    """Stock's, whose matrices it takes; the expert that every token goes to."""
+
+    def __init__(self, mlp: Any) -> None:
+        super(stock.DeepseekV4MLP, self).__init__()
+        self.gate_proj, self.up_proj, self.down_proj = mlp.gate_proj, mlp.up_proj, mlp.down_proj
+        self.limit = mlp.limit
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(T, H) -> (T, H)."""
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        if not torch.is_grad_enabled():
+            return self.down_proj(swiglu(gate, up, self.limit))
+        hidden: Any = SwiGLU.apply(gate, up, self.limit)
+        return self.down_proj(hidden)
+
+
 class V4SparseMoeBlock(stock.DeepseekV4SparseMoeBlock):
     """Stock's router, experts and shared expert over flat tokens."""
 
@@ -61,6 +97,7 @@ class V4SparseMoeBlock(stock.DeepseekV4SparseMoeBlock):
         super().__init__(config, layer_idx)
         self.layer_idx = layer_idx
         self.experts = V4Experts(config)
+        self.shared_experts = V4SharedExpert(self.shared_experts)
 
     def forward(self, x_TH: Tensor, token_id_T: Tensor, context: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """x (T, H), token ids (T,) for hash layers -> (T, H), the balance loss attached where it
@@ -86,20 +123,45 @@ def run_experts(
     weight_Tk: Tensor,
     *,
     rounds_inputs: bool = False,
+    rounds_weights: bool = False,
 ) -> Tensor:
     """sum_j weight[t, j] * expert[t, j](x[t]), (T, H). Every expert takes part, with no rows if
-    need be, so that every expert has a gradient on every rank. `rounds_inputs`: of both matrices,
-    to FP8 and back (fake_quant.py)."""
+    need be, so that every expert has a gradient on every rank; rounded as `Serving` says."""
     device = x_TH.device.type
     is_cast = torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if is_cast else x_TH.dtype
-    gate_up, down = experts.gate_up_proj.to(dtype), experts.down_proj.to(dtype)
+    gate_up, down = experts.gate_up_proj, experts.down_proj
+    if not rounds_weights:  # else they round from their own precision
+        gate_up, down = gate_up.to(dtype), down.to(dtype)
     x_TH = fake_fp8_activation(x_TH) if rounds_inputs else x_TH
     with maybe_autocast(device_type=device, enabled=False):
-        out_TH: Any = RoutedExperts.apply(
-            x_TH.to(dtype), weight_Tk, gate_up, down, expert_Tk, experts.limit, rounds_inputs
-        )
+        serving = Serving(experts.limit, rounds_inputs, rounds_weights)
+        args = x_TH.to(dtype), weight_Tk, gate_up, down, expert_Tk, serving
+        if not torch.is_grad_enabled():
+            return routed(*args)[0]  # at a token a row the graph's bookkeeping would be felt
+        out_TH: Any = RoutedExperts.apply(*args)
     return out_TH
+
+
+def routed(
+    x_TH: Tensor,
+    weight_Tk: Tensor,
+    gate_up_EJH: Tensor,
+    down_EHI: Tensor,
+    expert_Tk: Tensor,
+    serving: Serving,
+) -> tuple[Tensor, Groups, Tensor, Tensor]:
+    """The output (T, H), and what the backward needs: groups, order (R,), gate and up (R, J)."""
+    expert_R, order_R = expert_Tk.flatten().sort(stable=True)
+    groups = Groups(expert_R, len(gate_up_EJH))
+    token_R = order_R // expert_Tk.shape[1]
+    used = served(gate_up_EJH, x_TH, serving)
+    gate_up_RJ = groups.times(x_TH.index_select(0, token_R), used.mT)
+    gate_RI, up_RI = gate_up_RJ.chunk(2, dim=1)
+    hidden_RI = swiglu(gate_RI, up_RI, serving.limit).mul_(_column(weight_Tk, order_R))
+    hidden_RI = fake_fp8_activation(hidden_RI) if serving.rounds_inputs else hidden_RI
+    out_RH = groups.times(hidden_RI, served(down_EHI, x_TH, serving).mT)
+    return _sum_by_token(out_RH, order_R, expert_Tk.shape), groups, order_R, gate_up_RJ
 
 
 class RoutedExperts(torch.autograd.Function):
@@ -117,45 +179,47 @@ class RoutedExperts(torch.autograd.Function):
         gate_up_EJH: Tensor,
         down_EHI: Tensor,
         expert_Tk: Tensor,
-        limit: float,
-        rounds_inputs: bool,
+        serving: Serving,
     ) -> Tensor:
-        expert_R, order_R = expert_Tk.flatten().sort(stable=True)
-        groups = Groups(expert_R, len(gate_up_EJH))
-        token_R = order_R // expert_Tk.shape[1]
-        gate_up_RJ = groups.times(x_TH.index_select(0, token_R), gate_up_EJH.mT)
-        gate_RI, up_RI = gate_up_RJ.chunk(2, dim=1)
-        hidden_RI = swiglu(gate_RI, up_RI, limit).mul_(_column(weight_Tk, order_R))
-        hidden_RI = fake_fp8_activation(hidden_RI) if rounds_inputs else hidden_RI
-        out_RH = groups.times(hidden_RI, down_EHI.mT)
+        args = x_TH, weight_Tk, gate_up_EJH, down_EHI, expert_Tk, serving
+        out_TH, groups, order_R, gate_up_RJ = routed(*args)
         ctx.save_for_backward(x_TH, weight_Tk, gate_up_EJH, down_EHI, order_R, gate_up_RJ)
-        ctx.groups, ctx.limit, ctx.rounds_inputs = groups, limit, rounds_inputs
-        return _sum_by_token(out_RH, order_R, expert_Tk.shape)
+        ctx.groups, ctx.serving = groups, serving
+        return out_TH
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x_TH, weight_Tk, gate_up_EJH, down_EHI, order_R, gate_up_RJ = ctx.saved_tensors
-        groups, shape = ctx.groups, weight_Tk.shape
+        groups, serving, shape = ctx.groups, ctx.serving, weight_Tk.shape
         token_R = order_R // shape[1]
         grad_RH, weight_R1 = grads[0].index_select(0, token_R), _column(weight_Tk, order_R)
         gate_RI, up_RI = gate_up_RJ.chunk(2, dim=1)
-        hidden_RI = swiglu(gate_RI, up_RI, ctx.limit)
-        grad_hidden_RI = groups.times(grad_RH, down_EHI)
+        hidden_RI = swiglu(gate_RI, up_RI, serving.limit)
+        grad_hidden_RI = groups.times(grad_RH, served(down_EHI, x_TH, serving))
         grad_weight_R = (grad_hidden_RI * hidden_RI).sum(-1).to(weight_Tk.dtype)
         hidden_RI.mul_(weight_R1)
-        hidden_RI = fake_fp8_activation(hidden_RI) if ctx.rounds_inputs else hidden_RI
+        hidden_RI = fake_fp8_activation(hidden_RI) if serving.rounds_inputs else hidden_RI
         grad_down_EHI = groups.outer(grad_RH, hidden_RI) if ctx.needs_input_grad[3] else None
+        del grad_RH, hidden_RI  # the step's memory is at its peak here
         grad_RJ, grad_hidden_RI = torch.empty_like(gate_up_RJ), grad_hidden_RI.mul_(weight_R1)
         out = grad_RJ.chunk(2, dim=1)
-        swiglu_backward(grad_hidden_RI, gate_RI, up_RI, ctx.limit, out=out)
+        swiglu_backward(grad_hidden_RI, gate_RI, up_RI, serving.limit, out=out)
+        del grad_hidden_RI
         grad_gate_up_EJH = None
         if ctx.needs_input_grad[2]:
             grad_gate_up_EJH = groups.outer(grad_RJ, x_TH.index_select(0, token_R))
-        grad_x_TH = _sum_by_token(groups.times(grad_RJ, gate_up_EJH), order_R, shape)
+        grad_RH = groups.times(grad_RJ, served(gate_up_EJH, x_TH, serving))
+        grad_x_TH = _sum_by_token(grad_RH, order_R, shape)
         grad_weight_Tk = torch.empty_like(grad_weight_R).scatter_(0, order_R, grad_weight_R)
         grad_weight_Tk = grad_weight_Tk.view(shape)
-        return grad_x_TH, grad_weight_Tk, grad_gate_up_EJH, grad_down_EHI, None, None, None
+        return grad_x_TH, grad_weight_Tk, grad_gate_up_EJH, grad_down_EHI, None, None
+
+
+def served(weight_EAB: Tensor, x_TH: Tensor, serving: Serving) -> Tensor:
+    """The weights that x meets. Rounded ones are formed again in the backward: those of all layers
+    together are as large as the masters."""
+    return fake_mxfp4(weight_EAB).to(x_TH.dtype) if serving.rounds_weights else weight_EAB
 
 
 class Groups:
@@ -168,28 +232,28 @@ class Groups:
         self.is_grouped = expert_R.is_cuda if is_grouped is None else is_grouped
         name_E = torch.arange(num_experts, device=expert_R.device)
         self.end_E = torch.searchsorted(expert_R, name_E, right=True, out_int32=True)
-        self.ends = [] if self.is_grouped else self.end_E.tolist()
+        ends = [] if self.is_grouped else self.end_E.tolist()
+        self.sizes = [end - first for first, end in pairwise([0, *ends])]
 
     def times(self, rows_RA: Tensor, matrix_EAB: Tensor) -> Tensor:
         """rows[r] @ matrix[expert of r], (R, B)."""
         if self.is_grouped:
             return grouped_mm(rows_RA, matrix_EAB, offs=self.end_E)
         out_RB = rows_RA.new_empty(len(rows_RA), matrix_EAB.shape[2])
-        for expert, rows in self._slices():
-            torch.mm(rows_RA[rows], matrix_EAB[expert], out=out_RB[rows])
+        split = rows_RA.split(self.sizes), matrix_EAB.unbind(0), out_RB.split(self.sizes)
+        for rows_XA, matrix_AB, out_XB in zip(*split, strict=True):
+            torch.mm(rows_XA, matrix_AB, out=out_XB)
         return out_RB
 
     def outer(self, left_RA: Tensor, right_RB: Tensor) -> Tensor:
         """left^T @ right over each expert's rows, (E, A, B); zeros for one without a row."""
         if self.is_grouped:
             return grouped_mm(left_RA.mT, right_RB, offs=self.end_E)
-        out_EAB = left_RA.new_empty(len(self.ends), left_RA.shape[1], right_RB.shape[1])
-        for expert, rows in self._slices():
-            torch.mm(left_RA[rows].T, right_RB[rows], out=out_EAB[expert])
+        out_EAB = left_RA.new_empty(len(self.sizes), left_RA.shape[1], right_RB.shape[1])
+        split = left_RA.split(self.sizes), right_RB.split(self.sizes), out_EAB.unbind(0)
+        for left_XA, right_XB, out_AB in zip(*split, strict=True):
+            torch.mm(left_XA.T, right_XB, out=out_AB)
         return out_EAB
-
-    def _slices(self) -> Iterator[tuple[int, slice]]:
-        return enumerate(map(slice, [0, *self.ends[:-1]], self.ends))
 
 
 def swiglu(gate: Tensor, up: Tensor, limit: float) -> Tensor:
@@ -202,9 +266,16 @@ def swiglu_backward(
 ) -> None:
     """The gradients at `gate` and `up` into `out`; nothing passes where a clamp cut."""
     cut = gate.clamp(max=limit)
-    torch.mul(F.silu(cut), grad, out=out[1]).mul_(up.abs() <= limit)
+    out[1].copy_(within(F.silu(cut).mul_(grad), up, -limit, limit))
     through = torch.ops.aten.silu_backward(up.clamp(-limit, limit).mul_(grad), cut)
-    torch.mul(through, gate <= limit, out=out[0])
+    out[0].copy_(within(through, gate, -math.inf, limit))
+
+
+def within(grad: Tensor, x: Tensor, low: float, high: float) -> Tensor:
+    """`grad` where low <= x <= high, 0 elsewhere, in one pass: masks are ten times as slow on CPU.
+    The operator's own bounds are left out, so they move by the last bit."""
+    more = 1 + torch.finfo(torch.float32).eps
+    return torch.ops.aten.hardtanh_backward(grad, x, low * more, high * more)
 
 
 class SwiGLU(torch.autograd.Function):
@@ -223,13 +294,6 @@ class SwiGLU(torch.autograd.Function):
         out = torch.empty_like(gate), torch.empty_like(up)
         swiglu_backward(grads[0], gate, up, ctx.limit, out=out)
         return *out, None
-
-
-def run_shared(expert: Any, x_TH: Tensor) -> Tensor:
-    """The expert that every token goes to, (T, H)."""
-    return expert.down_proj(
-        SwiGLU.apply(expert.gate_proj(x_TH), expert.up_proj(x_TH), expert.limit)
-    )
 
 
 def _column(weight_Tk: Tensor, order_R: Tensor) -> Tensor:

@@ -22,7 +22,10 @@ from posttrain.backbone.fp4 import fake_fp8_activation, fake_fp8_blocks, fake_in
 
 PARTS = ("experts", "indexer", "kv", "activations")
 
-MATRICES = ("q_a_proj", "q_b_proj", "kv_proj", "o_b_proj", "gate_proj", "up_proj", "down_proj")
+MATRICES = (
+    *("q_a_proj", "q_b_proj", "kv_proj", "o_b_proj", "gate_proj", "up_proj", "down_proj"),
+    *("e_proj", "h_proj"),  # of the block of multi-token prediction
+)
 """Linear modules whose inputs serving rounds. The compressors' own kv_proj and gate_proj are kept
 in bf16 by official checkpoints, and so are their inputs."""
 

@@ -4,8 +4,8 @@ The numbers are those of `fp4.fake_mxfp4` on the master weights, bit for bit, so
 computes what the quantisation-aware one was trained to compute. The weights themselves get no
 gradient; what goes through them does, so adapters elsewhere can be trained.
 
-Legend: E experts, U of them used, O output rows, I input columns; T tokens, k experts a token, H
-hidden size, J twice the hidden channels.
+Legend: E experts, U of them dequantised, O output rows, I input columns; T tokens, k experts a
+token, H hidden size, J twice the hidden channels.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from posttrain.backbone.experts import run_experts
 from posttrain.backbone.fake_quant import rounds
 from posttrain.backbone.fp4 import E8M0, GROUP, dequantize_mxfp4, quantize_mxfp4
+from posttrain.backbone.kernels import use_kernels
 
 
 class PackedWeight(nn.Module):
@@ -54,8 +55,12 @@ class PackedWeight(nn.Module):
         scale = self.scale[expert].view(E8M0)
         return dequantize_mxfp4(self.codes[expert], scale, dtype=self.dtype)
 
-    def some(self, experts: Iterable[int]) -> Tensor:
-        """Several experts' weights (U, O, I), in one tensor."""
+    def some(self, experts: Iterable[int] | Tensor) -> Tensor:
+        """Several experts' weights (U, O, I), in one tensor: at once if their names are a tensor,
+        which the host never reads; else one after the other, in little memory."""
+        if isinstance(experts, Tensor):
+            scale = self.scale[experts].view(E8M0)
+            return dequantize_mxfp4(self.codes[experts], scale, dtype=self.dtype)
         chosen = list(experts)
         out = torch.empty(len(chosen), *self.shape[1:], dtype=self.dtype, device=self.codes.device)
         for place, expert in enumerate(chosen):
@@ -99,12 +104,12 @@ class PackedExperts(nn.Module):
     @property
     def gate_up_proj(self) -> Tensor:
         """(E, J, H)."""
-        return self.gate_up.some(range(self.num_experts))
+        return self.gate_up.some(self._all_names())
 
     @property
     def down_proj(self) -> Tensor:
         """(E, H, J / 2)."""
-        return self.down.some(range(self.num_experts))
+        return self.down.some(self._all_names())
 
     def forward(self, x_TH: Tensor, expert_Tk: Tensor, weight_Tk: Tensor) -> Tensor:
         """What `V4Experts` gives, (T, H)."""
@@ -115,18 +120,33 @@ class PackedExperts(nn.Module):
     def used(self, expert_Tk: Tensor) -> tuple[UsedExperts, Tensor]:
         """The experts in `expert_Tk` and the same choices as places among them, (T, k). In the
         order of their names, so that sorted rows, and with them all bits, stay as they are."""
-        name_U, place_Tk = expert_Tk.unique(return_inverse=True)
-        names: list[int] = name_U.tolist() or [0]  # without tokens, one to have a shape
-        return (
-            UsedExperts(
-                self.gate_up.some(names),
-                self.down.some(names),
-                len(names),
-                self.limit,
-                self.act_fn,
-            ),
-            place_Tk,
-        )
+        if use_kernels(expert_Tk):
+            names, place_Tk = places_of(expert_Tk, self.num_experts)
+        else:
+            name_U, place_Tk = expert_Tk.unique(return_inverse=True)
+            names = name_U.tolist() or [0]  # without tokens, one to have a shape
+        gate_up, down = self.gate_up.some(names), self.down.some(names)
+        return UsedExperts(gate_up, down, len(names), self.limit, self.act_fn), place_Tk
+
+    def _all_names(self) -> Iterable[int] | Tensor:
+        codes = self.gate_up.codes
+        if use_kernels(codes):
+            return torch.arange(self.num_experts, device=codes.device)
+        return range(self.num_experts)
+
+
+def places_of(expert_Tk: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """The names (U,) of the experts in `expert_Tk`, ascending, and where each choice stands among
+    them, (T, k), without asking the GPU how many there are: U is the most there can be, and names
+    past the last are 0, where no choice points."""
+    name_E = torch.arange(num_experts, device=expert_Tk.device)
+    most = max(expert_Tk.numel(), 1)
+    if most >= num_experts:
+        return name_E, expert_Tk
+    is_used_E = (expert_Tk.flatten().unsqueeze(1) == name_E).any(0)
+    name_U = name_E.masked_fill(~is_used_E, num_experts).sort().values[:most]
+    name_U = name_U.masked_fill(name_U == num_experts, 0)
+    return name_U, (is_used_E.cumsum(0) - 1)[expert_Tk]
 
 
 def pack_experts(model: nn.Module, *, is_filled: bool = True) -> None:

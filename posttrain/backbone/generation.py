@@ -10,16 +10,27 @@ A cache has no gradient: it is filled and read with gradients off.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
 from posttrain.backbone.cache import V4Cache
+from posttrain.backbone.routing import ExpertChoices, RouteTape
 
 ASSISTED_SPARE = 64
 """Tokens that assisted generation may take back: its candidates of one round."""
+
+
+class Grown(NamedTuple):
+    """What new columns gave, by the names of the model's output."""
+
+    last_hidden_state: Tensor
+    """(B, n, H), zeros at padding."""
+    past_key_values: V4Cache
+    hidden_states: tuple[Tensor, ...] | None
+    routes: ExpertChoices | None
 
 
 def wants_cache(model: Any, past_key_values: object, use_cache: bool | None) -> bool:
@@ -40,8 +51,12 @@ def forward(
     position_ids: Tensor | None = None,
     past_key_values: object = None,
     inputs_embeds: Tensor | None = None,
-) -> tuple[Tensor, V4Cache]:
-    """Last hidden states (B, n, H) of n new columns, zeros at padding, and the cache after them.
+    *,
+    replay_routes: ExpertChoices | None = None,
+    capture_routes: bool = False,
+    output_hidden_states: bool | None = None,
+) -> Grown:
+    """What n new columns give, and the cache after them.
 
     Args:
         model: a V4Model.
@@ -52,9 +67,12 @@ def forward(
         past_key_values: a V4Cache of B slots to go on with; None or an empty cache of
             transformers' for a new one.
         inputs_embeds: (B, n, H), instead of the embedding of `input_ids`.
+        replay_routes, capture_routes: as `V4Model.forward` has them, of the new tokens.
+        output_hidden_states: also the streams before each layer; None: as the config says.
 
     Raises:
-        ValueError: a cache of another kind or batch, a mask of another width, packed rows.
+        ValueError: a cache of another kind or batch, a mask of another width, packed rows, routes
+        of other tokens or layers.
     """
     new = input_ids if input_ids is not None else inputs_embeds
     if new is None:
@@ -66,20 +84,44 @@ def forward(
     if position_ids is not None and columns > 1:
         check_positions(position_ids[..., -columns:], is_token_BS)
     cache.reserve(cache.longest() + columns)
-    if columns == 1 and inputs_embeds is None:
-        hidden_BH = model.decode(new[:, 0], cache, is_token_BS[:, 0].long())
-        hidden_BSH = hidden_BH.masked_fill(~is_token_BS, 0.0).unsqueeze(1)
+    if output_hidden_states is None:
+        output_hidden_states = bool(model.config.output_hidden_states)
+    if columns == 1 and inputs_embeds is None and not output_hidden_states:
+        grown = one_column(model, new, is_token_BS, cache, replay_routes, capture_routes)
     else:
-        hidden_BSH = model(
+        output = model(
             input_ids,
             attention_mask=is_token_BS.long(),
             inputs_embeds=inputs_embeds,
             past_key_values=cache,
             slots=is_token_BS.any(dim=1).nonzero().squeeze(1),
-        ).last_hidden_state
+            replay_routes=replay_routes,
+            capture_routes=capture_routes,
+            output_hidden_states=output_hidden_states,
+        )
         cache.length_B = cache.length_B + is_token_BS.sum(dim=1)
+        grown = Grown(output.last_hidden_state, cache, output.hidden_states, output.routes)
     cache.num_columns = past + columns
-    return hidden_BSH, cache
+    return grown
+
+
+def one_column(
+    model: Any,
+    token_B1: Tensor,
+    is_token_B1: Tensor,
+    cache: V4Cache,
+    replay_routes: ExpertChoices | None,
+    capture_routes: bool,
+) -> Grown:
+    """A decode step, in which padded rows do not advance."""
+    tape = None
+    if capture_routes or replay_routes is not None:
+        tape = RouteTape(len(model.layers), replay_routes)
+    hidden_BH = model.decode(token_B1[:, 0], cache, is_token_B1[:, 0].long(), tape=tape)
+    hidden_B1H = hidden_BH.masked_fill(~is_token_B1, 0.0).unsqueeze(1)
+    return Grown(
+        hidden_B1H, cache, None, tape.choices if tape is not None and capture_routes else None
+    )
 
 
 def cache_for(model: Any, past_key_values: object, batch: int) -> V4Cache:

@@ -22,6 +22,12 @@ from torch.autograd.function import once_differentiable
 from transformers.models.deepseek_v4 import modeling_deepseek_v4 as stock
 from transformers.utils.generic import maybe_autocast
 
+from posttrain.backbone.kernels import use_kernels
+
+KEPT = 4096
+"""Up to so many tokens coefficients and divisors are kept from forward to backward: 200 floats a
+token, otherwise formed again."""
+
 
 def wide(x: Tensor) -> Tensor:
     """bf16 as fp32; fp64 stays, so gradcheck runs this very code."""
@@ -85,7 +91,8 @@ class Collapse(torch.autograd.Function):
 
 
 class Connect(torch.autograd.Function):
-    """post (N, T), comb (N, N, T) and collapsed (T, H) of streams x (T, N, H)."""
+    """post (N, T), comb (N, N, T) and collapsed (T, H) of streams x (T, N, H), and x again: for
+    `mix`, so that the gradient from there is added to in the same pass over the streams."""
 
     @staticmethod
     def forward(
@@ -97,29 +104,27 @@ class Connect(torch.autograd.Function):
         norm_eps: float,
         eps: float,
         iterations: int,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         num = x_TNH.shape[1]
         raw_CT, scale_T = project(wide(x_TNH).transpose(0, 1), fn_CX, norm_eps)
-        logit_CT = torch.addcmul(base_C.unsqueeze(1), raw_CT, gain_C.unsqueeze(1))
-        gate_GT = logit_CT[: 2 * num].sigmoid()
-        soft_NNT = logit_CT[2 * num :].view(num, num, len(x_TNH)).softmax(dim=1)
-        comb_NNT = soft_NNT + eps
-        totals = sinkhorn_(comb_NNT, iterations, eps)
-        collapsed_TH = weighted_sum(gate_GT[:num] + eps, wide(x_TNH))
-        ctx.save_for_backward(
-            x_TNH, fn_CX, gain_C, raw_CT, scale_T, gate_GT, soft_NNT, comb_NNT, *totals
+        found = gate_GT, _, comb_NNT, *_ = coefficients(
+            raw_CT, base_C, gain_C, num, iterations, eps
         )
-        ctx.eps = eps
-        return 2 * gate_GT[num:], comb_NNT, collapsed_TH.to(x_TNH.dtype)
+        collapsed_TH = weighted_sum(gate_GT[:num] + eps, wide(x_TNH))
+        kept = found if len(x_TNH) <= KEPT else ()
+        ctx.save_for_backward(x_TNH, fn_CX, base_C, gain_C, raw_CT, scale_T, *kept)
+        ctx.iterations, ctx.eps = iterations, eps
+        return 2 * gate_GT[num:], comb_NNT, collapsed_TH.to(x_TNH.dtype), x_TNH.view_as(x_TNH)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x_TNH, fn_CX, gain_C, raw_CT, scale_T, gate_GT, soft_NNT, comb_NNT, *totals = (
-            ctx.saved_tensors
+        x_TNH, fn_CX, base_C, gain_C, raw_CT, scale_T, *kept = ctx.saved_tensors
+        num, x_wide = x_TNH.shape[1], wide(x_TNH)
+        gate_GT, soft_NNT, comb_NNT, *totals = kept or coefficients(
+            raw_CT, base_C, gain_C, num, ctx.iterations, ctx.eps
         )
         grad_post_NT, grad_comb_NNT, grad_TH = grads[0], grads[1], wide(grads[2])
-        num, x_wide = x_TNH.shape[1], wide(x_TNH)
         grad_CT = torch.empty_like(raw_CT)
         dots(x_wide, grad_TH, out_NT=grad_CT[:num])
         torch.mul(grad_post_NT, 2, out=grad_CT[num : 2 * num])
@@ -130,7 +135,9 @@ class Connect(torch.autograd.Function):
         grad_base_C, grad_gain_C = grad_CT.sum(1), (grad_CT * raw_CT).sum(1)
         grad_CT.mul_(gain_C.unsqueeze(1))
         pre_NT, x_NTH = gate_GT[:num] + ctx.eps, x_wide.transpose(0, 1)
-        grad_x, grad_fn = streams_backward(grad_CT, grad_TH, x_NTH, fn_CX, pre_NT, raw_CT, scale_T)
+        grad_x, grad_fn = streams_backward(
+            grad_CT, grad_TH, x_NTH, fn_CX, pre_NT, raw_CT, scale_T, wide(grads[3])
+        )
         return (
             grad_x.transpose(0, 1).to(x_TNH.dtype),
             grad_fn,
@@ -140,6 +147,18 @@ class Connect(torch.autograd.Function):
             None,
             None,
         )
+
+
+def coefficients(
+    raw_CT: Tensor, base_C: Tensor, gain_C: Tensor, num: int, iterations: int, eps: float
+) -> tuple[Tensor, ...]:
+    """The sigmoids of pre and post (2 N, T), the softmax before Sinkhorn (N, N, T), comb after it,
+    and Sinkhorn's divisors."""
+    logit_CT = torch.addcmul(base_C.unsqueeze(1), raw_CT, gain_C.unsqueeze(1))
+    soft_NNT = logit_CT[2 * num :].view(num, num, raw_CT.shape[1]).softmax(dim=1)
+    comb_NNT = soft_NNT + eps
+    totals = sinkhorn_(comb_NNT, iterations, eps)
+    return logit_CT[: 2 * num].sigmoid(), soft_NNT, comb_NNT, *totals
 
 
 def project(x_NTH: Tensor, fn_CX: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -163,15 +182,20 @@ def streams_backward(
     pre_NT: Tensor,
     raw_CT: Tensor,
     scale_T: Tensor,
+    passed_TNH: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of x and fn, through `raw` and the weighted sum; `grad_CT` is spent."""
+    """The gradients of x and fn, through `raw`, the weighted sum and what x got elsewhere, if
+    anything; `grad_CT` is spent."""
     size = x_NTH.shape[2]
     through_norm_T = (grad_CT * raw_CT).sum(0).mul_(scale_T.square() / -fn_CX.shape[1])
     grad_CT.mul_(scale_T)
     grad_NTH, grad_fn_CX = like_streams(x_NTH), torch.empty_like(fn_CX)
     for n, grad_x_TH in enumerate(grad_NTH.unbind(0)):
         part = slice(n * size, (n + 1) * size)
-        torch.mm(grad_CT.T, fn_CX[:, part], out=grad_x_TH)
+        if passed_TNH is None:
+            torch.mm(grad_CT.T, fn_CX[:, part], out=grad_x_TH)
+        else:
+            torch.addmm(passed_TNH[:, n], grad_CT.T, fn_CX[:, part], out=grad_x_TH)
         grad_x_TH.addcmul_(x_NTH[n], through_norm_T.unsqueeze(1))
         grad_x_TH.addcmul_(pre_NT[n].unsqueeze(1), grad_TH)
         grad_fn_CX[:, part] = grad_CT @ x_NTH[n]
@@ -206,7 +230,9 @@ class Mix(torch.autograd.Function):
         for k in range(1, len(comb_NNT)):
             grad_x_NTH.addcmul_(comb_NNT[:, k].unsqueeze(-1), grad_TNH[:, k])
         grad_post_NT = dots(grad_TNH, y_TH, out_NT=torch.empty_like(post_NT))
-        grad_comb_NNT = torch.bmm(x_TNH, grad_TNH.mT).permute(1, 2, 0)
+        # the first layer's streams are one; products of a tensor with itself go row by row
+        streams = x_TNH[:, :1] if x_TNH.stride(1) == 0 else x_TNH
+        grad_comb_NNT = torch.bmm(streams, grad_TNH.mT).permute(1, 2, 0).expand_as(comb_NNT)
         grad_y_TH = weighted_sum(post_NT, grad_TNH)
         return grad_x_NTH.transpose(0, 1), grad_y_TH, grad_post_NT, grad_comb_NNT
 
@@ -262,15 +288,21 @@ class Head(torch.autograd.Function):
 
 
 class V4HyperConnection(stock.DeepseekV4HyperConnection):
-    """Stock's parameters; (post, comb, collapsed) of flat tokens."""
+    """Stock's parameters; (post, comb, collapsed, x) of flat tokens."""
 
-    def forward(self, x_TNH: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """x (T, N, H) -> post (N, T) fp32, comb (N, N, T) fp32, collapsed (T, H) in x's dtype."""
+    def forward(self, x_TNH: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """x (T, N, H) -> post (N, T) fp32, comb (N, N, T) fp32, collapsed (T, H) in x's dtype, and
+        x again for `mix`."""
         num = self.hc_mult
         scale_3 = wide(self.scale)
         gain_C = torch.cat([scale_3[i].expand(n) for i, n in enumerate((num, num, num * num))])
+        connect = Connect.apply
+        if use_kernels(x_TNH):
+            from posttrain.backbone.kernels import hyper  # imports triton
+
+            connect = hyper.Connect.apply
         with maybe_autocast(device_type=x_TNH.device.type, enabled=False):
-            return Connect.apply(
+            return connect(
                 x_TNH,
                 wide(self.fn),
                 wide(self.base),
@@ -286,8 +318,13 @@ class V4HyperHead(stock.DeepseekV4HyperHead):
 
     def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Streams (..., N, H) -> (..., H)."""
+        head = Head.apply
+        if use_kernels(x):
+            from posttrain.backbone.kernels import hyper  # imports triton
+
+            head = hyper.Head.apply
         with maybe_autocast(device_type=x.device.type, enabled=False):
-            flat_TH: Any = Head.apply(
+            flat_TH: Any = head(
                 x.flatten(0, -3),
                 wide(self.hc_fn),
                 wide(self.hc_base),
@@ -300,5 +337,9 @@ class V4HyperHead(stock.DeepseekV4HyperHead):
 
 def mix(x_TNH: Tensor, y_TH: Tensor, post_NT: Tensor, comb_NNT: Tensor) -> Tensor:
     """The streams after a block that returned y: (T, N, H)."""
+    if use_kernels(x_TNH):
+        from posttrain.backbone.kernels import mix as kernels  # imports triton
+
+        return kernels.mix(x_TNH, y_TH, post_NT, comb_NNT)
     dtype = x_TNH.dtype
     return Mix.apply(x_TNH, y_TH.to(dtype), post_NT.to(dtype), comb_NNT.to(dtype))  # pyright: ignore[reportReturnType]

@@ -9,44 +9,33 @@ Legend: B batch rows, S columns, T real tokens, N streams, H hidden size, V voca
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import weakref
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM
-from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.models.deepseek_v4 import DeepseekV4Config
 from transformers.models.deepseek_v4 import modeling_deepseek_v4 as stock
 from transformers.utils.generic import can_return_tuple
 
-from posttrain.backbone import generation
+from posttrain.backbone import decode_hyper, generation
 from posttrain.backbone.attention import Context
+from posttrain.backbone.auxiliary import join_trainers, step_share
 from posttrain.backbone.balance import LoadMeter
 from posttrain.backbone.cache import V4Cache
 from posttrain.backbone.decode import DecodeContext, context_of
 from posttrain.backbone.fake_quant import round_inputs
 from posttrain.backbone.hyper_connections import V4HyperHead
 from posttrain.backbone.layer import V4DecoderLayer
+from posttrain.backbone.mtp import V4MTPBlock, attach_mtp
+from posttrain.backbone.norm import V4RMSNorm
+from posttrain.backbone.outputs import V4CausalLMOutput, V4ModelOutput
 from posttrain.backbone.pretrained import DEFAULTS, V4PreTrainedModel
 from posttrain.backbone.rope import rotations
 from posttrain.backbone.routing import ExpertChoices, RouteTape
 from posttrain.backbone.segments import Documents, continued, find_documents
-
-
-@dataclass
-class V4ModelOutput(MoeModelOutputWithPast):
-    """transformers', and the experts of every real token where they were to be captured."""
-
-    routes: ExpertChoices | None = None
-
-
-@dataclass
-class V4CausalLMOutput(MoeCausalLMOutputWithPast):
-    """transformers', and the experts of every real token where they were to be captured."""
-
-    routes: ExpertChoices | None = None
 
 
 class V4Model(V4PreTrainedModel, stock.DeepseekV4Model):
@@ -62,13 +51,19 @@ class V4Model(V4PreTrainedModel, stock.DeepseekV4Model):
         self.layers = nn.ModuleList(
             [V4DecoderLayer(config, i) for i in range(config.num_hidden_layers)]
         )
-        self.norm = stock.DeepseekV4RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = V4RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = stock.DeepseekV4RotaryEmbedding(config)
         self.hc_head = V4HyperHead(config)
         self.gradient_checkpointing = False
-        self.auxiliary_scale: float | Tensor = 1.0
-        """The gradient of the layers' own losses, each a mean over a forward's tokens: a trainer
-        that accumulates micro-batches sets it to this one's share of the step's tokens."""
+        self.auxiliary_scale: float | Tensor | None = None
+        """The gradient of the model's own losses, each a mean over a forward's tokens: a loop may
+        set it to this micro-batch's share of the step's tokens. None: 1 / `num_microbatches`, or
+        what accelerate divides by."""
+        self.num_microbatches = 1
+        """How many forwards make a step of a Trainer (auxiliary.ScaleOwnLosses)."""
+        self.causal: Callable[[], V4ForCausalLM | None] | None = None
+        """The model that this is the base of, whose block and head the loss of multi-token
+        prediction needs. Weak: a cycle would keep both in memory until they are collected."""
         self.load_meter: LoadMeter | None = None
         """Counts how many tokens go to each expert in training (balance.BalanceExperts)."""
         self._widen()
@@ -110,10 +105,18 @@ class V4Model(V4PreTrainedModel, stock.DeepseekV4Model):
             another kind; routes of other tokens or layers.
         """
         if slots is None and generation.wants_cache(self, past_key_values, use_cache):
-            hidden, cache = generation.forward(
-                self, input_ids, attention_mask, position_ids, past_key_values, inputs_embeds
+            grown: Any = generation.forward(
+                self,
+                input_ids,
+                attention_mask,
+                position_ids,
+                past_key_values,
+                inputs_embeds,
+                replay_routes=replay_routes,
+                capture_routes=capture_routes,
+                output_hidden_states=kwargs.get("output_hidden_states"),
             )
-            return V4ModelOutput(last_hidden_state=hidden, past_key_values=cast("Any", cache))
+            return V4ModelOutput(**grown._asdict())
         embeds, token_ids = self._inputs(input_ids, inputs_embeds)
         shape = (embeds.shape[0], embeds.shape[1])
         documents = find_documents(
@@ -128,12 +131,11 @@ class V4Model(V4PreTrainedModel, stock.DeepseekV4Model):
         wanted = kwargs.get("output_hidden_states")
         wanted = self.config.output_hidden_states if wanted is None else wanted
         streams: list[Tensor] = []
-        hidden_TH = self._layers(
-            embeds.flatten(0, 1)[documents.token_T],
-            token_ids.flatten()[documents.token_T],
-            context,
-            streams if wanted else None,
-        )
+        token_id_T = token_ids.flatten()[documents.token_T]
+        embeds_TH = embeds.flatten(0, 1)[documents.token_T]
+        x_TNH = self._streams(embeds_TH, token_id_T, context, streams if wanted else None)
+        told_T = None if input_ids is None else token_id_T
+        hidden_TH = self._foretelling(self._collapse(x_TNH), x_TNH, told_T, context)
         last = documents.to_batch(hidden_TH, shape)
         seen = (*(documents.to_batch(x, shape) for x in streams), last) if wanted else None
         if counts and tape is not None and self.load_meter is not None:
@@ -157,8 +159,6 @@ class V4Model(V4PreTrainedModel, stock.DeepseekV4Model):
             start_D = cache.length_B[slot_D]
             longest = int(start_D.max()) if len(start_D) else 0
             documents = continued(documents, start_D) if longest else documents
-        trains = self.training and torch.is_grad_enabled() and cache is None
-        weight, balance = self.config.indexer_loss_weight, self.config.balance_loss_weight
         return Context(
             documents,
             {name: self._rotations(name, documents.position_T) for name in ("main", "compress")},
@@ -168,11 +168,33 @@ class V4Model(V4PreTrainedModel, stock.DeepseekV4Model):
             cache,
             slot_D,
             longest_start=longest,
-            indexer_loss_scale=weight * self.auxiliary_scale if trains and weight else None,
+            indexer_loss_scale=self._own_scale(self.config.indexer_loss_weight, cache),
             is_indexer_warmup=self.config.indexer_warmup,
-            balance_loss_scale=balance * self.auxiliary_scale if trains and balance else None,
+            balance_loss_scale=self._own_scale(self.config.balance_loss_weight, cache),
             tape=tape,
         )
+
+    def _own_scale(self, weight: float, cache: V4Cache | None) -> float | Tensor | None:
+        """The gradient of an own loss of this weight; None where it is not wanted."""
+        if not (weight and self.training and torch.is_grad_enabled() and cache is None):
+            return None
+        share = self.auxiliary_scale
+        return weight * (step_share(self.num_microbatches) if share is None else share)
+
+    def _foretelling(
+        self, hidden_TH: Tensor, x_TNH: Tensor, token_id_T: Tensor | None, context: Context
+    ) -> Tensor:
+        """`hidden_TH` again, the loss of multi-token prediction attached where it is wanted. A base
+        model alone has neither its block nor its head: nothing is attached."""
+        scale = self._own_scale(self.config.mtp_loss_weight, context.cache)
+        causal = self.causal() if self.causal is not None else None
+        if scale is None or causal is None:
+            return hidden_TH
+        return attach_mtp(hidden_TH, x_TNH, token_id_T, context, model=causal, scale=scale)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles; a causal model's own tell their base again."""
+        return {**self.__dict__, "causal": None}
 
     @torch.no_grad()
     def prefill(
@@ -182,47 +204,81 @@ class V4Model(V4PreTrainedModel, stock.DeepseekV4Model):
         slots: Sequence[int],
         *,
         chunk: int = 8192,
+        tape: RouteTape | None = None,
     ) -> Tensor:
         """Take whole prompts into their slots, `chunk` tokens of each at a time; the last token's
-        hidden state of each, (len(sequences), H)."""
+        hidden state of each, (len(sequences), H). A `tape` takes down the experts of all their
+        tokens, one prompt after the other, or tells them."""
         device = self.embed_tokens.weight.device
         lengths = [len(ids) for ids in sequences]
         cache.release(torch.tensor(slots, device=device))
         cache.reserve(max(lengths))
         last = self.embed_tokens.weight.new_zeros(len(sequences), self.config.hidden_size)
+        prompt_T = torch.arange(sum(lengths), device=device).split(lengths)
         for first in range(0, max(lengths), chunk):
             rows = [row for row, length in enumerate(lengths) if length > first]
             parts = [list(sequences[row][first : first + chunk]) for row in rows]
-            hidden = self.extend(parts, cache, [slots[row] for row in rows])
+            part = None
+            if tape is not None:
+                part = tape.part(torch.cat([prompt_T[row][first : first + chunk] for row in rows]))
+            hidden = self.extend(parts, cache, [slots[row] for row in rows], tape=part)
             last[torch.tensor(rows, device=device)] = hidden
         return last
 
     @torch.no_grad()
     def extend(
-        self, parts: Sequence[Sequence[int]], cache: V4Cache, slots: Sequence[int]
+        self,
+        parts: Sequence[Sequence[int]],
+        cache: V4Cache,
+        slots: Sequence[int],
+        *,
+        tape: RouteTape | None = None,
     ) -> Tensor:
         """Put further tokens behind what the slots hold; the last one's hidden state of each,
-        (len(parts), H)."""
+        (len(parts), H). A `tape` takes down the experts of the new tokens, or tells them."""
         device, longest = self.embed_tokens.weight.device, max(len(ids) for ids in parts)
         ids = torch.tensor([[*s, *[0] * (longest - len(s))] for s in parts], device=device)
         length = torch.tensor([len(s) for s in parts], device=device)
         mask = torch.arange(longest, device=device) < length[:, None]
         slot = torch.tensor(slots, device=device)
         cache.reserve(int((cache.length_B[slot] + length).max()))
-        hidden = self(ids, attention_mask=mask, past_key_values=cache, slots=slot).last_hidden_state
+        output = self(
+            ids,
+            attention_mask=mask,
+            past_key_values=cache,
+            slots=slot,
+            replay_routes=tape.replayed if tape is not None else None,
+            capture_routes=tape is not None,
+        )
+        if tape is not None:
+            tape.put(output.routes)
         cache.length_B[slot] += length
-        return hidden[torch.arange(len(parts), device=device), length - 1]
+        return output.last_hidden_state[torch.arange(len(parts), device=device), length - 1]
 
     @torch.no_grad()
-    def decode(self, token_B: Tensor, cache: V4Cache, is_live_B: Tensor) -> Tensor:
+    def decode(
+        self,
+        token_B: Tensor,
+        cache: V4Cache,
+        is_live_B: Tensor,
+        *,
+        tape: RouteTape | None = None,
+    ) -> Tensor:
         """Hidden states (B, H) after one more token in every slot; slots not live do not
-        advance."""
-        context = context_of(self, cache)
-        hidden_BH = self._layers(self.embed_tokens(token_B), token_B, context)
+        advance. A `tape`, a new one for each step, takes down the experts of the live slots'
+        tokens, or tells them; on a GPU it waits for the device."""
+        cache.reserve(cache.longest() + 1)  # what is kept must be made outside of inference mode
+        with torch.inference_mode():  # a ninth faster than no_grad at one token a row
+            context = context_of(self, cache, tape=tape and tape.of_rows(is_live_B))
+            x_BNH = self._streams(self.embed_tokens(token_B), token_B, context)
+            hidden_BH = self.norm(decode_hyper.collapse(self.hc_head, x_BNH))
         cache.advance(is_live_B)
-        return hidden_BH
+        return hidden_BH.clone()
 
-    def _layers(
+    def _collapse(self, x_TNH: Tensor) -> Tensor:
+        return self.norm(self.hc_head(x_TNH.unsqueeze(0)).squeeze(0))
+
+    def _streams(
         self,
         embeds_TH: Tensor,
         token_id_T: Tensor,
@@ -234,7 +290,7 @@ class V4Model(V4PreTrainedModel, stock.DeepseekV4Model):
             if streams is not None:
                 streams.append(x_TNH)
             x_TNH = layer(x_TNH, token_id_T=token_id_T, context=context)
-        return self.norm(self.hc_head(x_TNH.unsqueeze(0)).squeeze(0))
+        return x_TNH
 
     def _rotations(self, name: str, positions: Tensor) -> Tensor:
         rope = self.rotary_emb
@@ -271,14 +327,25 @@ class V4ForCausalLM(V4PreTrainedModel, stock.DeepseekV4ForCausalLM):
         self.model = V4Model(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.model.causal = weakref.ref(self)
         if config.with_mtp:
-            from posttrain.backbone.mtp import V4MTPBlock  # made of this module's layers
-
             self.mtp = nn.ModuleList([V4MTPBlock(config)])
         self.router_aux_loss_coef = 0.0
         self.num_experts = config.n_routed_experts
         self.num_experts_per_tok = config.num_experts_per_tok
         self.post_init()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self.model.causal is None:  # else a shallow copy, and the base is not its own
+            self.model.causal = weakref.ref(self)
+
+    @property
+    def accepts_loss_kwargs(self) -> bool:
+        """What a Trainer asks of its model before it makes its callbacks: so that is when the
+        layers' own losses join it, and nobody who does not train loads its modules."""
+        join_trainers()
+        return True
 
     @can_return_tuple
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]

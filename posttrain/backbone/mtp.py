@@ -19,20 +19,26 @@ from __future__ import annotations
 import copy
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.models.deepseek_v4 import DeepseekV4Config
-from transformers.models.deepseek_v4 import modeling_deepseek_v4 as stock
 
 from posttrain.backbone.attention import Context
+from posttrain.backbone.auxiliary import attach
+from posttrain.backbone.balance import LoadMeter
 from posttrain.backbone.decode import DecodeContext
+from posttrain.backbone.fake_quant import round_inputs
 from posttrain.backbone.hyper_connections import V4HyperHead
 from posttrain.backbone.layer import V4DecoderLayer
-from posttrain.backbone.model import V4Model
+from posttrain.backbone.norm import V4RMSNorm
+from posttrain.backbone.routing import RouteTape
+
+if TYPE_CHECKING:
+    from posttrain.backbone.model import V4Model  # which is made with this module's block
 
 
 def mtp_config(config: DeepseekV4Config) -> DeepseekV4Config:
@@ -56,13 +62,21 @@ class V4MTPBlock(V4DecoderLayer):
         size, eps = config.hidden_size, config.rms_norm_eps
         self.e_proj = nn.Linear(size, size, bias=False)
         self.h_proj = nn.Linear(size, size, bias=False)
-        self.enorm = stock.DeepseekV4RMSNorm(size, eps=eps)
-        self.hnorm = stock.DeepseekV4RMSNorm(size, eps=eps)
-        self.norm = stock.DeepseekV4RMSNorm(size, eps=eps)
+        self.enorm = V4RMSNorm(size, eps=eps)
+        self.hnorm = V4RMSNorm(size, eps=eps)
+        self.norm = V4RMSNorm(size, eps=eps)
         self.hc_head = V4HyperHead(config)
+        self.load_meter: LoadMeter | None = None
+        """Counts how many tokens go to each expert in training (balance.BalanceExperts)."""
+        round_inputs(self, config)
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, x_TNH: Tensor, embed_TH: Tensor, context: Context | DecodeContext
+        self,
+        x_TNH: Tensor,
+        embed_TH: Tensor,
+        context: Context | DecodeContext,
+        *,
+        tape: RouteTape | None = None,
     ) -> Tensor:
         """Hidden states (T, H), normalised, from which the shared head predicts token t + 2.
 
@@ -70,10 +84,11 @@ class V4MTPBlock(V4DecoderLayer):
             x_TNH: the backbone's last streams at token t; detached, the block learns alone.
             embed_TH: the shared embedding of token t + 1.
             context: of a forward over the same tokens, with a cache of `mtp_config`'s if any; token
-                t keeps its position.
+                t keeps its position. Its tape is of the backbone's layers alone.
+            tape: takes down the block's own experts, a single layer's.
         """
         if isinstance(context, Context):
-            context = dataclasses.replace(context, tape=None)  # of the backbone's layers alone
+            context = dataclasses.replace(context, tape=tape)
         joined_TNH = self.e_proj(self.enorm(embed_TH)).unsqueeze(1) + self.h_proj(self.hnorm(x_TNH))
         no_ids = torch.zeros(len(x_TNH), dtype=torch.long, device=x_TNH.device)
         out_TNH = super().forward(joined_TNH, no_ids, context)
@@ -97,6 +112,7 @@ def mtp_loss(
     *,
     embedding: nn.Module,
     head_VH: Tensor,
+    tape: RouteTape | None = None,
 ) -> Tensor:
     """The weighted sum of -log p(token t + 2), a scalar in float32 (V3 report eqs. 24-25).
 
@@ -111,14 +127,60 @@ def mtp_loss(
         context: of the forward that gave x.
         embedding: the backbone's, ids to (T, H).
         head_VH: the output head's weight.
+        tape: takes down the block's experts.
     """
     documents = context.documents
-    next_T, _ = ahead(token_id_T, documents.document_T, 1)
+    next_T, has_next_T = ahead(token_id_T, documents.document_T, 1)
     target_T, has_target_T = ahead(token_id_T, documents.document_T, 2)
-    hidden_TH = block(x_TNH, embedding(next_T), context)
+    # a document's last token reads nothing: its experts count, and learn by the balance loss
+    embed_TH = embedding(next_T).masked_fill(~has_next_T[:, None], 0.0)
+    hidden_TH = block(x_TNH, embed_TH, context, tape=tape)
     weight_T = weight_T.roll(-2) * has_target_T
     slot_N = weight_T.nonzero().squeeze(1)
     return weighted_cross_entropy(hidden_TH[slot_N], head_VH, target_T[slot_N], weight_T[slot_N])
+
+
+def attach_mtp(
+    hidden_TH: Tensor,
+    x_TNH: Tensor,
+    token_id_T: Tensor | None,
+    context: Context,
+    *,
+    model: Any,
+    scale: float | Tensor,
+) -> Tensor:
+    """The backbone's hidden states, in whose backward a V4ForCausalLM's block, its embedding, its
+    head and its backbone learn `scale` times the mean of `mtp_loss` over all tokens that a document
+    has two places on.
+
+    All: the base model is not told which tokens a trainer's own loss leaves out, so a prompt's are
+    targets too. For other weights call `mtp_loss`.
+
+    Raises:
+        ValueError: the model has no block, or a batch of embeddings no ids.
+    """
+    remedy = f"config.mtp_loss_weight is {model.config.mtp_loss_weight}, set it to 0 to do without"
+    if not hasattr(model, "mtp"):
+        raise ValueError(f"the model has no block: with_mtp=True, or mtp.add_mtp(model); {remedy}")
+    if token_id_T is None:
+        raise ValueError(f"give input_ids beside inputs_embeds: they are foretold; {remedy}")
+    _, has_target_T = ahead(token_id_T, context.documents.document_T, 2)
+    block: V4MTPBlock = model.mtp[0]
+    meter = block.load_meter
+    tape = RouteTape(1) if meter is not None else None
+    loss = mtp_loss(
+        block,
+        x_TNH,
+        token_id_T,
+        (1 / has_target_T.sum().clamp(min=1)).expand(len(token_id_T)),
+        context,
+        embedding=model.get_input_embeddings(),
+        head_VH=model.get_output_embeddings().weight,
+        tape=tape,
+    )
+    if meter is not None and tape is not None:
+        meter.add(tape.choices, model.config.n_routed_experts)
+    return attach(hidden_TH, [loss], scale)
 
 
 def weighted_cross_entropy(

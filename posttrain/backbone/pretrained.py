@@ -28,11 +28,16 @@ DEFAULTS: dict[str, Any] = {
     "balance_loss_weight": 0.0,
     "fake_quantization": (),
     "with_mtp": False,
+    "mtp_loss_weight": 0.0,
 }
 """Fields that our config has beside the stock one's. `indexer_warmup`: attention sees all entries
 and the indexer learns from it, before it chooses (V3.2 report 2.1.1). `balance_loss_weight`: of the
 loss in each document's experts; V4 was pre-trained with 1e-4 (balance.py). `fake_quantization`:
-the parts that are rounded as serving rounds them (fake_quant.py); said before the model is made."""
+the parts that are rounded as serving rounds them (fake_quant.py); said before the model is made.
+`mtp_loss_weight`: of the loss in what `with_mtp`'s block predicts; V4 was pre-trained with 0.3, at
+last 0.1. None by default, since it trains the backbone to imitate its batch, whatever the trainer
+wants from it: samples under reinforcement learning, the rejected answer under DPO, prompts. At 0
+the block takes no part and gets no gradient: freeze it before DDP, which waits for gradients."""
 
 # a class from outside transformers gets no name conversion unless it is registered: stock's default
 # save_pretrained and official files would be read with most weights missing

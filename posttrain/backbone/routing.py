@@ -12,6 +12,7 @@ Legend: T tokens, H hidden size, E experts, k experts a token, L layers, B batch
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -142,29 +143,82 @@ class RouteTape:
                 f"replayed routes have {len(replay.expert_LTk)} layers, the model {num_layers}: "
                 "capture every layer, those that route by hash too"
             )
-        self._replay = replay
+        self.replayed = replay
+        self._num_layers = num_layers
         self._expert_Tk: list[Tensor | None] = [None] * num_layers
         self._margin_T: list[Tensor | None] = [None] * num_layers
+        self._row_T: Tensor | None = None
+        self._num_rows = 0
+        self._found: ExpertChoices | None = None
+        self._parts: list[tuple[Tensor, RouteTape]] = []
+
+    def of_rows(self, is_real_B: Tensor) -> RouteTape:
+        """This tape, for a forward over B rows of which these alone are tokens (a decode step's
+        live slots).
+
+        Raises ValueError: the tape holds a forward, or replays another number of tokens."""
+        if self._found is not None or self._parts or self._expert_Tk[0] is not None:
+            raise ValueError("a RouteTape takes one call: make a new one for each decode step")
+        self._row_T = is_real_B.nonzero().squeeze(1)
+        if self.replayed is not None and self.replayed.expert_LTk.shape[1] != len(self._row_T):
+            raise ValueError(
+                f"replayed routes are of {self.replayed.expert_LTk.shape[1]} tokens, the step has "
+                f"{len(self._row_T)} live slots of {len(is_real_B)}: give those of the live slots"
+            )
+        self._num_rows = len(is_real_B)
+        return self
+
+    def part(self, token_X: Tensor) -> RouteTape:
+        """A tape for a forward over these of the tokens alone; its routes become theirs here."""
+        replay = self.replayed
+        if replay is not None:
+            replay = ExpertChoices(replay.expert_LTk[:, token_X.to(replay.expert_LTk.device)])
+        part = RouteTape(self._num_layers, replay)
+        self._parts.append((token_X, part))
+        return part
+
+    def put(self, choices: ExpertChoices) -> None:
+        """What a forward that had a tape of its own gave as its routes."""
+        self._found = choices
 
     def replay(self, layer: int) -> Tensor | None:
         """What `route` takes as `replay_Tk`."""
-        return None if self._replay is None else self._replay.expert_LTk[layer]
+        if self.replayed is None or self._row_T is None:
+            return None if self.replayed is None else self.replayed.expert_LTk[layer]
+        expert_Tk = self.replayed.expert_LTk[layer].to(self._row_T.device)
+        expert_Bk = expert_Tk.new_full((self._num_rows, expert_Tk.shape[1]), -1)
+        return expert_Bk.index_copy(0, self._row_T, expert_Tk)
 
     def record(self, layer: int, gate: Any, routes: Routes, *, is_hash: bool) -> None:
         """Take down a layer's choice."""
         if self._expert_Tk[layer] is None:
-            self._expert_Tk[layer] = routes.expert_Tk
-            self._margin_T[layer] = margin(gate, routes.score_TE, is_hash=is_hash)
+            margin_T = margin(gate, routes.score_TE, is_hash=is_hash)
+            row_T = slice(None) if self._row_T is None else self._row_T
+            self._expert_Tk[layer] = routes.expert_Tk[row_T]
+            self._margin_T[layer] = margin_T[row_T]
 
     @property
     def choices(self) -> ExpertChoices:
         """What was chosen, once every layer has run."""
+        if self._found is not None:
+            return self._found
+        if self._parts:
+            return _joined(self._parts)
         expert_LTk = torch.stack(cast("list[Tensor]", self._expert_Tk))
         return ExpertChoices(expert_LTk, self.close_T())
 
     def close_T(self, below: float = 1e-5) -> Tensor:
         """True for tokens that rounding may route otherwise in some layer, (T,)."""
         return (torch.stack(cast("list[Tensor]", self._margin_T)) < below).any(dim=0)
+
+
+def _joined(parts: Sequence[tuple[Tensor, RouteTape]]) -> ExpertChoices:
+    """The routes of all parts, in the order of their tokens' numbers."""
+    order_T = torch.cat([token_X for token_X, _ in parts]).argsort()
+    choices = [tape.choices for _, tape in parts]
+    expert_LTk = torch.cat([c.expert_LTk for c in choices], dim=1)[:, order_T]
+    is_close_T = torch.cat([cast("Tensor", c.is_close_T) for c in choices])[order_T]
+    return ExpertChoices(expert_LTk, is_close_T)
 
 
 def gates(model: nn.Module) -> list[Any]:

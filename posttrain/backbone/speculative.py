@@ -102,7 +102,17 @@ def generate(
     max_new_tokens: int,
     stop_ids: Collection[int] = (),
 ) -> list[Row]:
-    """Greedy answers to all prompts at once, each up to and with its first stop token."""
+    """Greedy answers to all prompts at once, each up to and with its first stop token.
+
+    Raises:
+        ValueError: a prompt without a token, or no token to generate.
+    """
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}: a prompt alone gives one, ask for 1")
+    if empty := [row for row, prompt in enumerate(prompts) if not len(prompt)]:
+        raise ValueError(f"prompts {empty} have no token: begin them with the model's first one")
+    if not prompts:
+        return []
     speculator = Speculator(model, block, len(prompts))
     token_B, draft_B = speculator.start(prompts)
     rows = [Row([token]) for token in token_B.tolist()]

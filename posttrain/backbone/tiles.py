@@ -2,122 +2,183 @@
 
     out_t = sum_j a_tj k_j,   a_t = softmax([scale q_t . k_j | sink_h]) over the keys that t sees
 
-Keys are values. A short row is one tile and goes through autograd; a long one is cut, each tile
-reads its window and its entries alone, and the backward pass recomputes it: memory grows with L,
-and no (L, L) tensor exists. Where a query may see more entries than the indexer's top-k, its tile
-either masks all visible ones or, when they are many times as many, gathers the chosen.
+Keys are values. A tile's keys that all its queries share stand in one tensor with a row of zeros
+at the end, whose logit is the sink: so one product gives the logits, and one the output. The
+backward forms a long row's weights again, tile by tile: memory grows with L, and no (L, L) tensor
+exists.
 
 The indexer's loss (indexer.py) needs the tile's weights, so its gradient is formed in the forward
 pass while they are there.
 
 Legend: D documents, L tokens, Q of them in a tile, J = P + L window keys (P from a cache), E
-entries, K chosen entries, h heads, d head size, c indexer head size.
+entries, S keys that a tile's queries share (zeros among them), O of a query's own, K = S + O, h
+heads, d head size, c indexer head size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from transformers.utils.generic import maybe_autocast
 
 from posttrain.backbone import indexer
+from posttrain.backbone.visible import Chosen, Layout, Tile, compact, restored, tiles
 
-ONE_TILE = 128
-"""Rows of up to so many tokens are one tile."""
+__all__ = ["Chosen", "Layout", "Tile", "attend", "form_loss"]
 
 TILE = 64
-"""Queries in a longer row's tile, at most; with many rows or heads fewer: it stays in cache."""
+"""Queries in a tile, at most; with many rows or heads fewer: it stays in cache."""
 
-TILE_ROWS = 4096
+TILE_ROWS = 2048
 """Queries times heads times documents in a tile, at least 16 queries' worth."""
 
-GATHER = 8
-"""From so many times top-k visible entries on, gathering the chosen beats masking the rest."""
+KEPT = 256
+"""Rows of up to so many tokens keep their weights from forward to backward."""
+
+
+def attend(
+    q_DLhd: Tensor,
+    window_DJd: Tensor,
+    entry_DEd: Tensor | None,
+    sink_h: Tensor,
+    *,
+    scale: float,
+    layout: Layout,
+    index: indexer.Index | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Outputs (D, L, h, d), and the indexer's loss summed over queries where `index` wants it."""
+    docs, length, heads, _ = q_DLhd.shape
+    if not length:
+        return q_DLhd, None
+    size = min(TILE, max(16, TILE_ROWS // max(docs * heads, 1)))
+    entry = window_DJd.new_zeros(docs, 0, window_DJd.shape[-1]) if entry_DEd is None else entry_DEd
+    parts = (index.query, index.key, index.weight) if index else (None, None, None)
+    plan = _Plan(layout, size, scale, index)
+    with maybe_autocast(device_type=q_DLhd.device.type, enabled=False):
+        out, loss = TiledAttention.apply(q_DLhd, window_DJd, entry, sink_h, *parts, plan)  # pyright: ignore[reportGeneralTypeIssues]
+    return out, loss if index is not None and index.wants_loss else None
 
 
 @dataclass(frozen=True)
-class Layout:
-    """What of a group of rows is visible to whom."""
-
-    length_D: Tensor
-    start_D: Tensor | None
-    """Tokens before the first of these, by row; None: none."""
-    longest_start: int
-    window: int
-    num_past: int
-    """P: window keys from a cache, in front of the new ones."""
-    rate: int
-    """Tokens an entry; 0: the layer has no entries."""
-
-    def position_DQ(self, first: int, end: int) -> Tensor:
-        """Absolute positions of queries first .. end - 1, (D or 1, Q)."""
-        place_1Q = torch.arange(first, end, device=self.length_D.device)[None]
-        return place_1Q if self.start_D is None else place_1Q + self.start_D[:, None]
-
-    def window_range(self, first: int, end: int) -> tuple[int, int]:
-        """The window keys that a tile's queries can see, as a range of J."""
-        return max(0, first + self.num_past - self.window + 1), end + self.num_past
-
-    def window_mask(self, first: int, end: int) -> Tensor:
-        """(D or 1, Q, keys of the range)."""
-        low, high = self.window_range(first, end)
-        device = self.length_D.device
-        query_Q1 = torch.arange(first, end, device=device)[:, None] + self.num_past
-        key_J = torch.arange(low, high, device=device)
-        distance = query_Q1 - key_J
-        mask = ((distance >= 0) & (distance < self.window))[None]
-        if self.start_D is None:
-            return mask
-        return mask & (key_J + (self.start_D[:, None, None] - self.num_past) >= 0)
-
-    def num_visible(self, end: int, num_entries: int) -> int:
-        """Entries that any query before `end` sees."""
-        if not self.rate:
-            return 0
-        return min(num_entries, (self.longest_start + end) // self.rate)
-
-    def entry_mask(self, first: int, end: int, num_entries: int) -> Tensor:
-        """(D or 1, Q, num_entries): query t sees entry w iff w < (t + 1) // rate."""
-        seen = (self.position_DQ(first, end) + 1) // max(self.rate, 1)
-        return torch.arange(num_entries, device=seen.device) < seen[..., None]
-
-    def has_query(self, first: int, end: int) -> Tensor:
-        """(D, Q): real queries that see at least one entry."""
-        place_Q = torch.arange(first, end, device=self.length_D.device)
-        sees = self.position_DQ(first, end) + 1 >= self.rate
-        return (place_Q < self.length_D[:, None]) & sees
+class _Plan:
+    layout: Layout
+    size: int
+    scale: float
+    index: indexer.Index | None
 
 
-@dataclass(frozen=True)
-class Chosen:
-    """The entries of a tile's queries: shared (D, K, d) under a mask, or gathered (D, Q, K, d)."""
+class TiledAttention(torch.autograd.Function):
+    """`attend`; saves its inputs and which entries were chosen."""
 
-    mask: Tensor
-    """(D or 1, Q, K)."""
-    index_DQK: Tensor | None = None
-    """Gathered entries by number; None: the first K."""
-    is_all: bool = False
-    """All visible ones: the mask follows from the tile's place."""
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q_DLhd: Tensor,
+        window_DJd: Tensor,
+        entry_DEd: Tensor,
+        sink_h: Tensor,
+        iq: Tensor | None,
+        ik: Tensor | None,
+        iw: Tensor | None,
+        plan: _Plan,
+    ) -> tuple[Tensor, Tensor]:
+        out, index, layout = torch.empty_like(q_DLhd), plan.index, plan.layout
+        total = torch.zeros((), dtype=torch.float32, device=q_DLhd.device)
+        grads = index.zero_gradients() if index is not None and index.wants_loss else None
+        length, num_entries = q_DLhd.shape[1], entry_DEd.shape[1]
+        ctx.tiles, ctx.weights = [], []
+        for tile in tiles(layout, length, plan.size, num_entries, index):
+            keys = keys_of(tile, window_DJd, entry_DEd)
+            query = scaled(q_DLhd[:, tile.first : tile.end], plan.scale)
+            weight = weights(query, keys, tile, sink_h)
+            out[:, tile.first : tile.end] = combined(weight, keys)
+            if grads is not None and index is not None and tile.chosen is not None:
+                share = entry_shares(weight, keys, tile)
+                has_query = layout.has_query(tile.first, tile.end)
+                total += form_loss(index, tile, share, has_query, grads)
+            ctx.tiles.append(compact(tile))
+            ctx.weights.append(weight if length <= KEPT else None)
+        ctx.save_for_backward(q_DLhd, window_DJd, entry_DEd, sink_h, *(grads or ()))
+        ctx.plan, ctx.has_loss = plan, grads is not None
+        return out, total
 
-    def of(self, entry_DEx: Tensor) -> Tensor:
-        """The entries themselves, or the indexer's keys of them."""
-        if self.index_DQK is None:
-            return entry_DEx[:, : self.mask.shape[-1]]
-        row_D11 = torch.arange(len(entry_DEx), device=entry_DEx.device)[:, None, None]
-        return entry_DEx[row_D11, self.index_DQK]
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        q_DLhd, window_DJd, entry_DEd, sink_h, *formed = ctx.saved_tensors
+        grad_out, grad_loss = upstream
+        grad_q, wide = torch.empty_like(q_DLhd), wide_type(q_DLhd)
+        grad_window, grad_entry, grad_sink = (
+            torch.zeros_like(x, dtype=wide) for x in (window_DJd, entry_DEd, sink_h)
+        )
+        for kept, weight in zip(ctx.tiles, ctx.weights, strict=True):
+            tile = restored(kept, ctx.plan.layout)
+            keys = keys_of(tile, window_DJd, entry_DEd)
+            query = scaled(q_DLhd[:, tile.first : tile.end], ctx.plan.scale)
+            weight = weights(query, keys, tile, sink_h) if weight is None else weight
+            upstream_DQhd = grad_out[:, tile.first : tile.end].to(wide)
+            slope = softmax_gradient(weight, upstream_DQhd, keys)
+            grad_q[:, tile.first : tile.end] = combined(slope, keys).mul_(ctx.plan.scale)
+            grad_keys = key_gradients(weight, upstream_DQhd, slope, query, keys)
+            add_to_keys(tile, grad_keys, grad_window, grad_entry)
+            grad_sink += slope[..., keys[0].shape[1] - 1].sum((0, 1))
+        return (
+            grad_q,
+            grad_window.to(window_DJd.dtype),
+            grad_entry.to(entry_DEd.dtype),
+            grad_sink.to(sink_h.dtype),
+            *(g * grad_loss for g in formed),
+            *(() if ctx.has_loss else (None, None, None)),
+            None,
+        )
 
-    def add_to(self, grad_DEx: Tensor, grad: Tensor) -> None:
-        """Add what the entries of `of` got to the gradient of all."""
-        if self.index_DQK is None:
-            grad_DEx[:, : self.mask.shape[-1]] += grad
-            return
-        rows, num_entries, _ = grad_DEx.shape
-        first_D11 = torch.arange(rows, device=grad.device)[:, None, None] * num_entries
-        flat = (self.index_DQK + first_D11).flatten()
-        grad_DEx.flatten(0, 1).index_add_(0, flat, grad.flatten(0, 2).to(grad_DEx.dtype))
+
+def wide_type(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def scaled(q_DQhd: Tensor, scale: float) -> Tensor:
+    return q_DQhd.to(wide_type(q_DQhd)) * scale
+
+
+def keys_of(tile: Tile, window_DJd: Tensor, entry_DEd: Tensor) -> list[Tensor]:
+    """[shared keys (D, S, d): window, entries, zeros; the queries' own (D, Q, O, d) if any]."""
+    low, high = tile.window_range
+    parts, own = [window_DJd[:, low:high]], []
+    if tile.chosen is not None:
+        found = tile.chosen.of(entry_DEd)
+        (parts if tile.chosen.index_DQK is None else own).append(found.to(wide_type(found)))
+    parts.append(window_DJd.new_zeros(len(window_DJd), 1, window_DJd.shape[2]))
+    return [torch.cat(parts, dim=1).to(wide_type(window_DJd)), *own]
+
+
+def weights(query_DQhd: Tensor, keys: list[Tensor], tile: Tile, sink_h: Tensor) -> Tensor:
+    """The softmax's weights (D, Q, h, K), the sink's at shared key S - 1."""
+    logits = dots(query_DQhd, keys)
+    logits.add_(bias(tile, logits.dtype).unsqueeze(2))
+    logits[..., keys[0].shape[1] - 1] = sink_h.to(logits.dtype)
+    return logits.softmax(dim=-1)
+
+
+def bias(tile: Tile, dtype: torch.dtype) -> Tensor:
+    """(D or 1, Q, K): -inf at keys that a query does not see, 0 elsewhere."""
+    chosen, masks = tile.chosen, [tile.window_mask, tile.window_mask.new_ones(1, 1, 1)]
+    if chosen is not None:
+        masks.insert(1 if chosen.index_DQK is None else 2, chosen.mask)
+    docs, queries = max(len(mask) for mask in masks), tile.end - tile.first
+    is_seen = torch.cat([mask.expand(docs, queries, -1) for mask in masks], dim=-1)
+    return torch.zeros_like(is_seen, dtype=dtype).masked_fill_(~is_seen, float("-inf"))
+
+
+def entry_shares(weight_DQhK: Tensor, keys: list[Tensor], tile: Tile) -> Tensor:
+    """The weights of the tile's entries."""
+    low, high = tile.window_range
+    shared = keys[0].shape[1]
+    return weight_DQhK[..., shared:] if len(keys) > 1 else weight_DQhK[..., high - low : shared - 1]
 
 
 def dot(x_DQhd: Tensor, keys: Tensor) -> Tensor:
@@ -141,217 +202,52 @@ def pull(weight_DQhK: Tensor, x_DQhd: Tensor, *, is_shared: bool) -> Tensor:
     return weight_DQhK.transpose(-1, -2) @ x_DQhd
 
 
-@dataclass(frozen=True)
-class Tile:
-    """What the queries first .. end - 1 attend to."""
-
-    first: int
-    end: int
-    window_range: tuple[int, int]
-    window_mask: Tensor
-    chosen: Chosen | None
-
-    def keys(self, window_DJd: Tensor, entry_DEd: Tensor | None) -> list[tuple[Tensor, Tensor]]:
-        """Pairs (keys, mask) of the window and of the entries."""
-        low, high = self.window_range
-        found = [(window_DJd[:, low:high], self.window_mask)]
-        if self.chosen is not None and entry_DEd is not None:
-            found.append((self.chosen.of(entry_DEd), self.chosen.mask))
-        return found
+def dots(x_DQhd: Tensor, keys: list[Tensor]) -> Tensor:
+    parts = [dot(x_DQhd, k) for k in keys]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
-def weights(
-    q_DQhd: Tensor, keys: list[tuple[Tensor, Tensor]], sink_h: Tensor, scale: float
-) -> list[Tensor]:
-    """The softmax's share of each set of keys (D, Q, h, K), the sink's (D, Q, h, 1) at the end."""
-    wide = torch.promote_types(q_DQhd.dtype, torch.float32)
-    logits = [
-        dot(q_DQhd, k).to(wide).mul_(scale).masked_fill_(~mask.unsqueeze(2), float("-inf"))
-        for k, mask in keys
-    ]
-    sink = sink_h.to(wide).view(1, 1, -1, 1).expand(*logits[0].shape[:3], 1)
-    sizes = [part.shape[-1] for part in logits]
-    return list(torch.cat([*logits, sink], dim=-1).softmax(dim=-1).split([*sizes, 1], dim=-1))
+def by_keys(weight_DQhK: Tensor, keys: list[Tensor]) -> tuple[Tensor, ...]:
+    return weight_DQhK.split([k.shape[-2] for k in keys], dim=-1)
 
 
-def attend_tile(
-    q_DQhd: Tensor, keys: list[tuple[Tensor, Tensor]], sink_h: Tensor, scale: float
-) -> tuple[Tensor, list[Tensor]]:
-    """Outputs (D, Q, h, d), and the `weights` behind them."""
-    shares = weights(q_DQhd, keys, sink_h, scale)
-    parts = [combine(w.to(k.dtype), k) for w, (k, _) in zip(shares, keys, strict=False)]
-    return sum(parts[1:], parts[0]), shares
+def combined(weight_DQhK: Tensor, keys: list[Tensor]) -> Tensor:
+    parts = [combine(w, k) for w, k in zip(by_keys(weight_DQhK, keys), keys, strict=True)]
+    return parts[0] if len(parts) == 1 else parts[0].add_(parts[1])
 
 
-def choose(
-    layout: Layout, first: int, end: int, num_entries: int, index: indexer.Index | None
-) -> Chosen | None:
-    """Which entries a tile's queries attend to; ties go to the lowest number on every path."""
-    seen = layout.num_visible(end, num_entries)
-    if not seen:
-        return None
-    mask = layout.entry_mask(first, end, seen)
-    if index is None or seen <= index.top_k:
-        return Chosen(mask, is_all=True)
-    score_DQE = index.scores(first, end, seen).masked_fill_(~mask, float("-inf"))
-    if seen < GATHER * index.top_k:
-        return Chosen(indexer.top_k_mask(score_DQE, index.top_k) & mask)
-    number = indexer.top_k_numbers(score_DQE, index.top_k)
-    return Chosen(number >= 0, number.clamp(min=0))
+def softmax_gradient(weight_DQhK: Tensor, grad_DQhd: Tensor, keys: list[Tensor]) -> Tensor:
+    """The gradient of the logits (D, Q, h, K), the sink's among them: w (g - sum(w g))."""
+    through = dots(grad_DQhd, keys)
+    return torch.ops.aten._softmax_backward_data(through, weight_DQhK, -1, weight_DQhK.dtype)
 
 
-def tiles(
-    layout: Layout, length: int, size: int, num_entries: int, index: indexer.Index | None
-) -> Iterator[Tile]:
-    """The tiles of `length` queries, `size` in each."""
-    for first in range(0, length, size):
-        end = min(first + size, length)
-        chosen = choose(layout, first, end, num_entries, index)
-        mask = layout.window_mask(first, end)
-        yield Tile(first, end, layout.window_range(first, end), mask, chosen)
-
-
-def attend(
-    q_DLhd: Tensor,
-    window_DJd: Tensor,
-    entry_DEd: Tensor | None,
-    sink_h: Tensor,
-    *,
-    scale: float,
-    layout: Layout,
-    index: indexer.Index | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """Outputs (D, L, h, d), and the indexer's loss summed over queries where `index` wants it."""
-    docs, length, heads, _ = q_DLhd.shape
-    size = min(TILE, max(16, TILE_ROWS // max(docs * heads, 1)))
-    num_entries = 0 if entry_DEd is None else entry_DEd.shape[1]
-    wants_loss = index is not None and index.wants_loss
-    if not length:
-        return q_DLhd, None
-    if length <= ONE_TILE:
-        (tile,) = tiles(layout, length, length, num_entries, index)
-        return _attend_once(q_DLhd, window_DJd, entry_DEd, sink_h, scale, layout, tile, index)
-    entry = window_DJd.new_zeros(docs, 0, window_DJd.shape[-1]) if entry_DEd is None else entry_DEd
-    parts = (index.query, index.key, index.weight) if index else (None, None, None)
-    plan = _Plan(layout, size, scale, index)
-    out, loss = TiledAttention.apply(q_DLhd, window_DJd, entry, sink_h, *parts, plan)  # pyright: ignore[reportGeneralTypeIssues]
-    return out, loss if wants_loss else None
-
-
-def _attend_once(
-    q_DLhd: Tensor,
-    window_DJd: Tensor,
-    entry_DEd: Tensor | None,
-    sink_h: Tensor,
-    scale: float,
-    layout: Layout,
-    tile: Tile,
-    index: indexer.Index | None,
-) -> tuple[Tensor, Tensor | None]:
-    """All queries as one tile, through autograd."""
-    out, shares = attend_tile(q_DLhd, tile.keys(window_DJd, entry_DEd), sink_h, scale)
-    loss = None
-    if index is not None and index.wants_loss and tile.chosen is not None:
-        score = index.chosen_scores(tile.first, tile.end, tile.chosen.of(index.key))
-        loss = indexer.loss(
-            score, shares[1].detach(), tile.chosen.mask, layout.has_query(tile.first, tile.end)
-        )
-    return out, loss
-
-
-@dataclass(frozen=True)
-class _Plan:
-    layout: Layout
-    size: int
-    scale: float
-    index: indexer.Index | None
-
-
-class TiledAttention(torch.autograd.Function):
-    """`attend` of long rows; saves its inputs and which entries were chosen."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q_DLhd: Tensor,
-        window_DJd: Tensor,
-        entry_DEd: Tensor,
-        sink_h: Tensor,
-        iq: Tensor | None,
-        ik: Tensor | None,
-        iw: Tensor | None,
-        plan: _Plan,
-    ) -> tuple[Tensor, Tensor]:
-        out, index = torch.empty_like(q_DLhd), plan.index
-        total = torch.zeros((), dtype=torch.float32, device=q_DLhd.device)
-        grads = index.zero_gradients() if index is not None and index.wants_loss else None
-        kept: list[Kept] = []
-        num_entries = entry_DEd.shape[1]
-        for tile in tiles(plan.layout, q_DLhd.shape[1], plan.size, num_entries, index):
-            span = slice(tile.first, tile.end)
-            keys = tile.keys(window_DJd, entry_DEd)
-            out[:, span], shares = attend_tile(q_DLhd[:, span], keys, sink_h, plan.scale)
-            if grads is not None and index is not None and tile.chosen is not None:
-                has_query = plan.layout.has_query(tile.first, tile.end)
-                total += form_loss(index, tile, shares[1], has_query, grads)
-            kept.append(compact(tile))
-        ctx.save_for_backward(q_DLhd, window_DJd, entry_DEd, sink_h, *(grads or ()))
-        ctx.tiles, ctx.plan, ctx.has_loss = kept, plan, grads is not None
-        return out, total
-
-    @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        q_DLhd, window_DJd, entry_DEd, sink_h, *formed = ctx.saved_tensors
-        grad_out, grad_loss = upstream
-        grad_q = torch.empty_like(q_DLhd)
-        wide = torch.promote_types(q_DLhd.dtype, torch.float32)
-        grad_window = torch.zeros_like(window_DJd, dtype=wide)
-        grad_entry = torch.zeros_like(entry_DEd, dtype=wide)
-        grad_sink = torch.zeros_like(sink_h, dtype=wide)
-        for kept in ctx.tiles:
-            whole = restored(kept, ctx.plan.layout)
-            span = slice(whole.first, whole.end)
-            keys = whole.keys(window_DJd, entry_DEd)
-            grad_q[:, span], grad_keys, sink = tile_gradients(
-                q_DLhd[:, span], grad_out[:, span], keys, sink_h, ctx.plan.scale
-            )
-            low, high = whole.window_range
-            grad_window[:, low:high] += grad_keys[0]
-            if whole.chosen is not None:
-                whole.chosen.add_to(grad_entry, grad_keys[1])
-            grad_sink += sink
-        return (
-            grad_q,
-            grad_window.to(window_DJd.dtype),
-            grad_entry.to(entry_DEd.dtype),
-            grad_sink.to(sink_h.dtype),
-            *(g * grad_loss for g in formed),
-            *(() if ctx.has_loss else (None, None, None)),
-            None,
-        )
-
-
-def tile_gradients(
-    q_DQhd: Tensor,
+def key_gradients(
+    weight_DQhK: Tensor,
     grad_DQhd: Tensor,
-    keys: list[tuple[Tensor, Tensor]],
-    sink_h: Tensor,
-    scale: float,
-) -> tuple[Tensor, list[Tensor], Tensor]:
-    """Gradients of a tile's queries, of each set of keys, and of the sinks."""
-    shares = weights(q_DQhd, keys, sink_h, scale)
-    wide, dtype = shares[0].dtype, q_DQhd.dtype
-    through = [dot(grad_DQhd, k).to(wide) for k, _ in keys]
-    delta = sum((w * g).sum(-1, keepdim=True) for w, g in zip(shares, through, strict=False))
-    grad_logits = [(w * (g - delta)).to(dtype) for w, g in zip(shares, through, strict=False)]
-    grad_keys: list[Tensor] = []
-    for share, grad, (k, _) in zip(shares, grad_logits, keys, strict=False):
-        is_shared = k.dim() == 3
-        from_logits = pull(grad, q_DQhd, is_shared=is_shared).mul_(scale)
-        grad_keys.append(from_logits + pull(share.to(dtype), grad_DQhd, is_shared=is_shared))
-    outs = [combine(g, k) for g, (k, _) in zip(grad_logits, keys, strict=True)]
-    grad_sink = -(shares[-1] * delta).sum(dim=(0, 1, 3))
-    return sum(outs[1:], outs[0]) * scale, grad_keys, grad_sink
+    slope_DQhK: Tensor,
+    query_DQhd: Tensor,
+    keys: list[Tensor],
+) -> list[Tensor]:
+    """Of each set of keys, in its shape: as values, then as keys."""
+    parts = zip(by_keys(weight_DQhK, keys), by_keys(slope_DQhK, keys), keys, strict=True)
+    return [
+        pull(w, grad_DQhd, is_shared=k.dim() == 3).add_(
+            pull(slope, query_DQhd, is_shared=k.dim() == 3)
+        )
+        for w, slope, k in parts
+    ]
+
+
+def add_to_keys(
+    tile: Tile, grad_keys: list[Tensor], grad_window: Tensor, grad_entry: Tensor
+) -> None:
+    """Add the gradients of a tile's keys to those of all."""
+    low, high = tile.window_range
+    grad_window[:, low:high] += grad_keys[0][:, : high - low]
+    if tile.chosen is not None:
+        of_entries = grad_keys[1] if len(grad_keys) > 1 else grad_keys[0][:, high - low : -1]
+        tile.chosen.add_to(grad_entry, of_entries)
 
 
 def form_loss(
@@ -374,35 +270,3 @@ def form_loss(
     grads[0][:, span] = combine(through, key)
     tile.chosen.add_to(grads[1], pull(through, query, is_shared=key.dim() == 3))
     return loss
-
-
-Kept = tuple[int, int, "int | Tensor | None"]
-"""A tile's place, and of its entries: how many if all, a mask, or their numbers, -1 for none."""
-
-
-def compact(tile: Tile) -> Kept:
-    """A tile in few bytes, from forward to backward."""
-    chosen = tile.chosen
-    if chosen is None:
-        return tile.first, tile.end, None
-    if chosen.is_all:
-        return tile.first, tile.end, chosen.mask.shape[-1]
-    if chosen.index_DQK is None:
-        return tile.first, tile.end, chosen.mask
-    number = chosen.index_DQK.masked_fill(~chosen.mask, -1)
-    return tile.first, tile.end, number.to(torch.int32)
-
-
-def restored(kept: Kept, layout: Layout) -> Tile:
-    """The tile that `compact` was given."""
-    first, end, entries = kept
-    if entries is None:
-        chosen = None
-    elif isinstance(entries, int):
-        chosen = Chosen(layout.entry_mask(first, end, entries), is_all=True)
-    elif entries.dtype == torch.bool:
-        chosen = Chosen(entries)
-    else:
-        chosen = Chosen(entries >= 0, entries.long().clamp_(min=0))
-    mask = layout.window_mask(first, end)
-    return Tile(first, end, layout.window_range(first, end), mask, chosen)

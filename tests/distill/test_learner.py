@@ -206,6 +206,9 @@ def test_the_gradient_is_clipped_to_its_norm_and_the_rate_follows_the_schedule(
     after = torch.cat([p.detach().flatten() for p in model.parameters()])
     assert metrics["grad_norm"] > 1e-2
     torch.testing.assert_close((after - before).norm(), torch.tensor(1e-2), rtol=1e-3, atol=0)
+    learner.step(scored(examples(), teachers), learning_rate_factor=0.25)
+    (group,) = learner.optimizer.param_groups
+    assert group["lr"] == 0.5  # of the peak, whatever the step before had
 
 
 def test_a_loss_that_is_not_finite_updates_nothing(models: Models) -> None:
@@ -221,6 +224,21 @@ def test_a_loss_that_is_not_finite_updates_nothing(models: Models) -> None:
     )
     with pytest.raises(FloatingPointError, match="teacher 0's hidden states"):
         learner.step(rows)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_a_gradient_that_is_not_finite_updates_nothing(models: Models) -> None:
+    model, teachers = models()
+    model.model.norm.weight.register_hook(lambda gradient: gradient * float("inf"))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    learner = Learner(
+        model,
+        torch.optim.SGD(model.parameters(), lr=1.0),
+        shares=SHARES,
+        head=lambda name: teachers[name].get_output_embeddings().weight,
+    )
+    with pytest.raises(FloatingPointError, match="nothing was updated"):
+        learner.step(scored(examples(), teachers))
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 

@@ -331,6 +331,13 @@ def test_a_value_that_is_not_finite_is_named_by_row_and_teacher(value: float) ->
         problem.solve()
 
 
+def test_a_row_weight_that_is_not_finite_is_named() -> None:
+    problem = Problem()
+    problem.weight[4] = float("nan")
+    with pytest.raises(FloatingPointError, match="the row weight of row 4 is not finite"):
+        problem.solve()
+
+
 def test_shapes_that_do_not_fit_are_named() -> None:
     problem = Problem()
     hidden, head = problem.teachers[0]

@@ -1,12 +1,15 @@
 """The pool answers with what each teacher computes for a row alone, however it is asked."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from distill import teachers
 from distill.batch import Example
+from distill.causal_lm import hidden_states
 from distill.teachers import Recent, ScoreRequest, TeacherPool, Teachers, from_wire, to_wire
 from posttrain.checkpoints import load_model
 from posttrain.job import LocalRole
@@ -104,6 +107,20 @@ def test_answers_come_back_in_the_order_of_the_question(folders: dict[str, Path]
     for row, request in zip(rows, requests(), strict=True):
         wanted = alone(folders, request)
         torch.testing.assert_close(row.teacher_hidden, wanted, rtol=0, atol=2e-5)
+
+
+def test_no_more_rows_than_asked_for_are_read_at_once(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+
+    def read(model: Any, input_ids_BS: Tensor, attention_mask_BS: Tensor) -> Tensor:
+        sizes.append(len(input_ids_BS))
+        return hidden_states(model, input_ids_BS, attention_mask_BS)
+
+    monkeypatch.setattr(teachers, "hidden_states", read)
+    TeacherPool(folders, rows_per_batch=3, device="cpu").score(requests(8))
+    assert sizes == [3, 1, 3, 1]  # four rows of each teacher
 
 
 def test_a_teacher_that_cannot_be_loaded_is_an_error_of_the_answer(tmp_path: Path) -> None:

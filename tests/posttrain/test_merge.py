@@ -62,6 +62,18 @@ def test_ties_of_one_model_at_full_density_is_that_model() -> None:
     assert torch.equal(merged["weight"], torch.tensor([2.0, -3.0, 1.0]))
 
 
+def test_ties_keeps_one_number_at_least() -> None:
+    merged = ties(state(1, 1, 1), [state(2, -3, 1)], density=1e-9)
+    torch.testing.assert_close(merged["weight"], torch.tensor([1.0, -3.0, 1.0]))
+
+
+def test_no_arithmetic_touches_an_integer() -> None:
+    table = torch.tensor([2**24 + 1, 2**31 - 1, 7])  # no float32 holds the first two
+    models = [{**state(i, 2), "tid2eid": table.clone()} for i in range(3)]
+    for merged in (average(models), task_arithmetic(models[0], models), ties(models[0], models)):
+        assert torch.equal(merged["tid2eid"], table)
+
+
 def test_models_equal_to_the_base_merge_into_the_base() -> None:
     base = state(0.1, -2, 7)
     for merged in (

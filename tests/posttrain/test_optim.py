@@ -79,6 +79,17 @@ def test_vectors_and_tables_follow_torchs_adamw() -> None:
     torch.testing.assert_close(holder.norm.detach(), torch_vector.detach())
 
 
+@pytest.mark.parametrize("name", ["muon", "adamw"])
+def test_a_parameter_without_a_gradient_stays_as_it_is(name: Literal["muon", "adamw"]) -> None:
+    module = nn.Sequential(nn.Linear(4, 6), nn.Linear(4, 6))
+    before = [p.detach().clone() for p in module.parameters()]
+    optimizer = build_optimizer(module, name=name, learning_rate=0.1, weight_decay=0.5)
+    module[0](torch.randn(3, 4, generator=GENERATOR)).square().sum().backward()
+    optimizer.step()
+    moved = [not torch.equal(p, old) for p, old in zip(module.parameters(), before, strict=True)]
+    assert moved == [True, True, False, False]
+
+
 def test_resumed_equals_straight_to_the_bit() -> None:
     def steps(module: nn.Module, optimizer: torch.optim.Optimizer, seeds: range) -> None:
         for seed in seeds:

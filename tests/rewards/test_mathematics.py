@@ -67,6 +67,7 @@ def test_the_same_answer_otherwise_written_scores_1(response: str, gold: str) ->
         ("85%", "85"),
         ("-85", "85"),
         ("the answer is - 85", "85"),
+        ("perhaps 85", "85"),  # no sentence
         ("12+73", "85"),
         ("\\boxed{12+73}", "85"),
         ("\\boxed{\\frac{170}{2}}", "85"),

@@ -12,6 +12,10 @@ def test_every_row_comes_once_before_any_comes_twice() -> None:
     assert len({tuple(once) for once in rounds}) > 1  # each in an order of its own
 
 
+def test_sources_that_are_equally_far_behind_take_turns_from_the_first() -> None:
+    assert list(islice(interleave([1.0, 1.0, 1.0]), 7)) == [0, 1, 2, 0, 1, 2, 0]
+
+
 @pytest.mark.parametrize("weights", [[3.0, 1.0], [1.0, 1.0, 1.0], [0.2, 0.5, 2.7]])
 def test_sources_get_their_shares_within_one_row(weights: list[float]) -> None:
     drawn = list(islice(interleave(weights), 1000))

@@ -56,6 +56,7 @@ def test_the_first_loss_is_the_mean_over_the_learned_tokens(
     expected = mean_loss(load_model(start / "checkpoint"), rows)
     sft.work(config, job)
     assert trained(job)[0]["loss"] == pytest.approx(expected, abs=1e-5)
+    assert job.metrics.records()[0]["tokens"] == sum(sum(row.is_learned) for row in rows)
 
 
 def test_the_whole_row_is_learned_where_asked(
@@ -125,6 +126,18 @@ def test_a_row_that_is_too_long_is_left_out_and_counted(
     (counts, *_) = job.metrics.records()
     assert counts["rows"] > 0
     assert counts["rows_too_long"] > 0
+
+
+def test_a_row_of_exactly_the_limit_is_learned() -> None:
+    rows = [TokenRow(str(n), [7] * n, [True] * n) for n in (5, 3, 4)]
+    assert [row.id for row in sft.fitting("words", rows, 4)] == ["3", "4"]
+
+
+def test_every_source_gives_its_own_rows() -> None:
+    sources = [[TokenRow("", [10 * s + i] * 2, [False, True]) for i in range(3)] for s in (1, 2)]
+    config = SftConfig(num_steps=3, rows_per_step=2)
+    data = sft.in_order(sources, config, seed=0, weights=None)
+    assert sorted(row[0] for row in data["input_ids"]) == [10, 11, 12, 20, 21, 22]
 
 
 def test_a_limit_that_no_row_meets_is_refused(

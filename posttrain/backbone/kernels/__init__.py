@@ -9,12 +9,16 @@ sm_90; `benchmarks/gpu_kernels.py` runs and times them on a GPU.
 from functools import cache
 from importlib.util import find_spec
 
+import torch
 from torch import Tensor
 
 
 def use_kernels(x: Tensor) -> bool:
-    """True if work on `x` can run in these kernels: it lies on a GPU and triton is installed."""
-    return x.is_cuda and _has_triton()
+    """True if work on `x` is for these kernels: it lies on a GPU and triton is installed. Not in
+    float64, since they sum in float32; not while a compiler traces, which fuses the torch path."""
+    if torch.compiler.is_compiling():
+        return False
+    return x.is_cuda and x.dtype != torch.float64 and _has_triton()
 
 
 @cache

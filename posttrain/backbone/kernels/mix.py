@@ -1,8 +1,9 @@
 """mHC's two passes over the streams (V4 report 2.2), each read once and written once.
 
 collapsed = sum_n pre[n] x[n]; new[k] = post[k] y + sum_j comb[j, k] x[j] (comb acts transposed).
-Backward writes the gradients of the streams and sums those of the coefficients over H in the same
-program, so their order is fixed.
+Backward sums the coefficients' gradients over H in one program, so their order is fixed.
+`collapse`, `dots` and `add_streams` are what hyper.py's function is made of, without gradients of
+their own.
 
 Run so far: triton 3.6's interpreter on CPU. Compiled for sm_80 and sm_90, without spills; run on
 no GPU yet.
@@ -25,10 +26,6 @@ from torch.autograd.function import once_differentiable
 from posttrain.backbone.kernels.launch import jit, power_of_two
 
 
-def collapse_reference(pre_NT: Tensor, x_TNH: Tensor) -> Tensor:
-    return torch.einsum("nt,tnh->th", pre_NT, x_TNH)
-
-
 def mix_reference(x_TNH: Tensor, y_TH: Tensor, post_NT: Tensor, comb_NNT: Tensor) -> Tensor:
     mixed_TNH = torch.einsum("jkt,tjh->tkh", comb_NNT, x_TNH)
     return torch.einsum("nt,th->tnh", post_NT, y_TH) + mixed_TNH
@@ -36,36 +33,47 @@ def mix_reference(x_TNH: Tensor, y_TH: Tensor, post_NT: Tensor, comb_NNT: Tensor
 
 def collapse(pre_NT: Tensor, x_TNH: Tensor) -> Tensor:
     """(T, H) in x's dtype from pre (N, T) float32 and streams x (T, N, H)."""
-    return Collapse.apply(pre_NT, x_TNH)  # pyright: ignore[reportReturnType]  # apply has no types
+    pre_NT, x_TNH = pre_NT.contiguous(), x_TNH.contiguous()
+    out_TH = x_TNH.new_empty(len(x_TNH), x_TNH.shape[2])
+    with torch.cuda.device_of(x_TNH):
+        _collapse[(len(x_TNH),)](pre_NT, x_TNH, out_TH, **_sizes(x_TNH))
+    return out_TH
+
+
+def dots(x_TNH: Tensor, y_TH: Tensor) -> Tensor:
+    """x[n] . y of each token, (N, T) float32: the gradient at `collapse`'s pre, y being that at
+    its result."""
+    x_TNH, y_TH = x_TNH.contiguous(), y_TH.contiguous()
+    out_NT = torch.empty(x_TNH.shape[1::-1], dtype=torch.float32, device=x_TNH.device)
+    with torch.cuda.device_of(x_TNH):
+        _dots[(len(x_TNH),)](x_TNH, y_TH, out_NT, **_sizes(x_TNH))
+    return out_NT
+
+
+def add_streams(
+    through_TNH: Tensor,
+    x_TNH: Tensor,
+    y_TH: Tensor,
+    own_T: Tensor,
+    pre_NT: Tensor,
+    passed_TNH: Tensor | None = None,
+) -> Tensor:
+    """through[n] + own x[n] + pre[n] y + passed[n], (T, N, H) in x's dtype, rounded once: the
+    streams' gradient in its parts (hyper.py). `through` and the coefficients are float32;
+    `through` is spent."""
+    tensors = (through_TNH, x_TNH, y_TH, own_T, pre_NT, x_TNH if passed_TNH is None else passed_TNH)
+    inputs = [a.contiguous() for a in tensors]
+    out_TNH = inputs[0] if x_TNH.dtype == torch.float32 else torch.empty_like(inputs[1])
+    has_passed = passed_TNH is not None
+    with torch.cuda.device_of(x_TNH):
+        _add_streams[(len(x_TNH),)](*inputs, out_TNH, HAS_PASSED=has_passed, **_sizes(x_TNH))
+    return out_TNH
 
 
 def mix(x_TNH: Tensor, y_TH: Tensor, post_NT: Tensor, comb_NNT: Tensor) -> Tensor:
-    """(T, N, H) in x's dtype from streams x, a block's output y (T, H) in x's dtype, post (N, T)
-    and comb (N, N, T) in float32."""
-    return Mix.apply(x_TNH, y_TH, post_NT, comb_NNT)  # pyright: ignore[reportReturnType]  # apply has no types
-
-
-class Collapse(torch.autograd.Function):
-    """`collapse` for autograd."""
-
-    @staticmethod
-    def forward(ctx: Any, pre_NT: Tensor, x_TNH: Tensor) -> Tensor:
-        pre_NT, x_TNH = pre_NT.contiguous(), x_TNH.contiguous()
-        out_TH = x_TNH.new_empty(len(x_TNH), x_TNH.shape[2])
-        with torch.cuda.device_of(x_TNH):
-            _collapse[(len(x_TNH),)](pre_NT, x_TNH, out_TH, **_sizes(x_TNH))
-        ctx.save_for_backward(pre_NT, x_TNH)
-        return out_TH
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]  # once_differentiable's type
-        pre_NT, x_TNH = ctx.saved_tensors
-        grad_pre_NT, grad_x_TNH = torch.empty_like(pre_NT), torch.empty_like(x_TNH)
-        inputs = (pre_NT, x_TNH, grads[0].contiguous(), grad_pre_NT, grad_x_TNH)
-        with torch.cuda.device_of(x_TNH):
-            _collapse_backward[(len(x_TNH),)](*inputs, **_sizes(x_TNH))
-        return grad_pre_NT, grad_x_TNH
+    """(T, N, H) in x's dtype from streams x, a block's output y (T, H), post (N, T) and comb
+    (N, N, T), whose sums are float32: `hyper_connections.mix` on the GPU."""
+    return Mix.apply(x_TNH, y_TH.to(x_TNH.dtype), post_NT.float(), comb_NNT.float())  # pyright: ignore[reportReturnType]  # apply has no types
 
 
 class Mix(torch.autograd.Function):
@@ -142,33 +150,54 @@ def _collapse(pre, x, out, T, H, N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H
 
 
 @jit
-def _collapse_backward(
-    pre,
+def _dots(x, y, out, T, H, N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr):
+    """One token a program."""
+    acc = tl.zeros((BLOCK_N,), tl.float32)
+    for first in range(0, H, BLOCK_H):
+        h = first + tl.arange(0, BLOCK_H)
+        at_y = y + tl.program_id(0).to(tl.int64) * H + h
+        row = tl.load(at_y, mask=h < H, other=0.0).to(tl.float32)
+        at_x, inside = _streams(x, h, H, N, BLOCK_N)
+        stream = tl.load(at_x, mask=inside, other=0.0).to(tl.float32)
+        acc += tl.sum(stream * row[None, :], 1)
+    at_out, real = _vector(out, T, N, BLOCK_N)
+    tl.store(at_out, acc, mask=real)
+
+
+@jit
+def _add_streams(
+    through,
     x,
-    grad_out,
-    grad_pre,
-    grad_x,
+    y,
+    own,
+    pre,
+    passed,
+    out,
     T,
     H,
+    HAS_PASSED: tl.constexpr,
     N: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
+    """One token a program; `out` may be `through`: each place is read before it is written."""
     at_pre, real = _vector(pre, T, N, BLOCK_N)
     weight = tl.load(at_pre, mask=real, other=0.0)
-    acc = tl.zeros((BLOCK_N,), tl.float32)
+    gain = tl.load(own + tl.program_id(0))
     for first in range(0, H, BLOCK_H):
         h = first + tl.arange(0, BLOCK_H)
-        at_grad = grad_out + tl.program_id(0).to(tl.int64) * H + h
-        grad = tl.load(at_grad, mask=h < H, other=0.0).to(tl.float32)
+        at_y = y + tl.program_id(0).to(tl.int64) * H + h
+        row = tl.load(at_y, mask=h < H, other=0.0).to(tl.float32)
+        at_through, inside = _streams(through, h, H, N, BLOCK_N)
+        total = tl.load(at_through, mask=inside, other=0.0)
         at_x, inside = _streams(x, h, H, N, BLOCK_N)
-        stream = tl.load(at_x, mask=inside, other=0.0).to(tl.float32)
-        acc += tl.sum(stream * grad[None, :], 1)
-        at_grad_x, inside = _streams(grad_x, h, H, N, BLOCK_N)
-        slope = weight[:, None] * grad[None, :]
-        tl.store(at_grad_x, slope.to(grad_x.dtype.element_ty), mask=inside)
-    at_grad_pre, real = _vector(grad_pre, T, N, BLOCK_N)
-    tl.store(at_grad_pre, acc, mask=real)
+        total += gain * tl.load(at_x, mask=inside, other=0.0).to(tl.float32)
+        total += weight[:, None] * row[None, :]
+        if HAS_PASSED:
+            at_passed, inside = _streams(passed, h, H, N, BLOCK_N)
+            total += tl.load(at_passed, mask=inside, other=0.0).to(tl.float32)
+        at_out, inside = _streams(out, h, H, N, BLOCK_N)
+        tl.store(at_out, total.to(out.dtype.element_ty), mask=inside)
 
 
 @jit

@@ -2,8 +2,8 @@
 
 A group of 32 numbers along the last axis shares a scale 2^ceil(log2(amax / 6)), kept as the byte
 127 + exponent (E8M0); each is divided by it and rounded to e2m1, ties to even. Two codes a byte,
-the even index in the low nibble. The torch functions of the same names are the reference. (In a
-group that holds a NaN only the scale is alike, and it says NaN.)
+the even index in the low nibble. The torch functions of the same names are the reference, and hand
+over to these on a GPU.
 
 Run so far: triton 3.6's interpreter on CPU. Compiled for sm_80 and sm_90, without spills; run on
 no GPU yet.

@@ -16,12 +16,9 @@ Legend: T tokens, N streams, axes (from stream, to stream, token) as in hyper_co
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton.language as tl  # pyright: ignore[reportMissingImports]  # optional: see kernels/__init__.py
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from posttrain.backbone.kernels.launch import ceil_div, jit, power_of_two
 
@@ -38,33 +35,23 @@ def reference(comb_NNT: Tensor, iterations: int, eps: float) -> Tensor:
 
 def sinkhorn(comb_NNT: Tensor, iterations: int, eps: float) -> Tensor:
     """(N, N, T) float32 -> (N, N, T); eps > 0, iterations >= 1."""
-    return Sinkhorn.apply(comb_NNT, iterations, eps)  # pyright: ignore[reportReturnType]  # apply has no types
+    comb_NNT = comb_NNT.contiguous()
+    out_NNT = torch.empty_like(comb_NNT)
+    with torch.cuda.device_of(comb_NNT):
+        _forward[_grid(comb_NNT)](comb_NNT, out_NNT, iterations, eps, **_sizes(comb_NNT))
+    return out_NNT
 
 
-class Sinkhorn(torch.autograd.Function):
-    """`sinkhorn` for autograd, a drop-in for hyper_connections.Sinkhorn."""
-
-    @staticmethod
-    def forward(ctx: Any, comb_NNT: Tensor, iterations: int, eps: float) -> Tensor:
-        comb_NNT = comb_NNT.contiguous()
-        out_NNT = torch.empty_like(comb_NNT)
-        with torch.cuda.device_of(comb_NNT):
-            _forward[_grid(comb_NNT)](comb_NNT, out_NNT, iterations, eps, **_sizes(comb_NNT))
-        ctx.save_for_backward(comb_NNT)
-        ctx.iterations, ctx.eps = iterations, eps
-        return out_NNT
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]  # once_differentiable's type
-        (comb_NNT,) = ctx.saved_tensors
-        streams, _, tokens = comb_NNT.shape
-        totals = comb_NNT.new_empty(2 * ctx.iterations - 1, streams, tokens)
-        grad_NNT = torch.empty_like(comb_NNT)
-        inputs = (comb_NNT, grads[0].contiguous(), totals, grad_NNT, ctx.iterations, ctx.eps)
-        with torch.cuda.device_of(comb_NNT):
-            _backward[_grid(comb_NNT)](*inputs, **_sizes(comb_NNT))
-        return grad_NNT, None, None
+def sinkhorn_backward(grad_NNT: Tensor, comb_NNT: Tensor, iterations: int, eps: float) -> Tensor:
+    """The gradient at `sinkhorn`'s input, `comb`, from that at its result."""
+    comb_NNT = comb_NNT.contiguous()
+    streams, _, tokens = comb_NNT.shape
+    totals = comb_NNT.new_empty(2 * iterations - 1, streams, tokens)
+    grad_in_NNT = torch.empty_like(comb_NNT)
+    inputs = (comb_NNT, grad_NNT.contiguous(), totals, grad_in_NNT, iterations, eps)
+    with torch.cuda.device_of(comb_NNT):
+        _backward[_grid(comb_NNT)](*inputs, **_sizes(comb_NNT))
+    return grad_in_NNT
 
 
 def _grid(comb_NNT: Tensor) -> tuple[int]:

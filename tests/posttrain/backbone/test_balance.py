@@ -268,3 +268,15 @@ def test_an_attached_loss_weighs_documents_by_their_tokens() -> None:
     assert torch.equal(out, x)
     out.square().sum().backward()
     torch.testing.assert_close(gate.weight.grad, reference, rtol=1e-5, atol=1e-8)
+
+
+def test_a_forward_without_gradients_is_not_counted() -> None:
+    meter, choices = LoadMeter(), ExpertChoices(torch.tensor([[[0], [2], [2]], [[1], [1], [1]]]))
+    with torch.no_grad():
+        meter.add(choices, 3)
+    assert meter.take() is None
+    meter.add(choices, 3)
+    load_LE = meter.take()
+    assert load_LE is not None
+    assert load_LE.tolist() == [[1, 0, 2], [0, 3, 0]]
+    assert meter.take() is None

@@ -187,6 +187,7 @@ def test_a_new_prompt_sees_nothing_of_the_old_row(model: Any) -> None:
             tensors += [store.kv_BRX, store.gate_BRX, store.entry_BEC]
     for x in tensors:
         x[1] = float("nan")
+    cache.take_back(0)  # from here on it is known how far each row has been
     cache.release(torch.tensor([1]))
     prompt = draw(1, 5, seed=14).tolist()
     last = model.prefill(prompt, cache, [1])
@@ -241,3 +242,25 @@ def test_other_caches_contents_are_refused(model: Any) -> None:
     assert not cache.is_compileable
     assert not cache.is_croppable
     assert new_cache(model, 1, 1).is_croppable
+
+
+def test_a_copied_row_goes_back_as_far_as_the_one_it_came_from(model: Any) -> None:
+    cache = filled(model, [20, 30, 9], num_spare=4)
+    cache.take_back(torch.tensor([3, 0, 0]))
+    cache.copy_slots(torch.tensor([0, 2]), torch.tensor([2, 1]))  # 17 of 20; 9 where 30 were
+    with pytest.raises(ValueError, match="row 2 would go back to 15 tokens, but it has been at 20"):
+        cache.take_back(torch.tensor([0, 0, 2]))
+    cache.take_back(torch.tensor([1, 4, 1]))
+    assert cache.length_B.tolist() == [16, 5, 16]
+
+
+def test_a_crop_takes_columns_off_every_row(model: Any) -> None:
+    for columns in (0, 14):
+        cache = filled(model, [9, 14], num_spare=4)
+        cache.num_columns = columns
+        cache.crop(-3)
+        assert (cache.get_seq_length(), cache.length_B.tolist()) == (11, [6, 11])
+        cache.crop(0)
+        assert cache.get_seq_length() == 11
+        with pytest.raises(ValueError, match="as a negative number"):
+            cache.crop(3)

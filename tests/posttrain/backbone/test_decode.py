@@ -11,6 +11,7 @@ from torch import Tensor
 from posttrain.backbone import V4Cache, decode, rope
 from posttrain.backbone.compiled import compiled_decode
 from posttrain.backbone.presets import CSA, HCA, SLIDING
+from posttrain.backbone.routing import ExpertChoices, RouteTape
 
 
 def make_model(layer_types: Sequence[str] = (SLIDING, CSA, HCA), **changes: Any) -> Any:
@@ -84,6 +85,28 @@ def test_room_grows_by_itself() -> None:
         found = [model.model.decode(t, cache, LIVE[:1]) for t in ids.T]
         wanted = model(ids).logits[0]
         torch.testing.assert_close(model.lm_head(torch.cat(found)), wanted, atol=2e-5, rtol=0)
+
+
+def test_what_a_step_leaves_can_be_gone_on_from_and_trained_on() -> None:
+    """The step runs in inference mode; nothing that outlives it may be of that mode."""
+    model, ids = make_model(), draw(2, 30, seed=11)
+    cache = V4Cache(model.config, 2, like=model.model.embed_tokens.weight, num_spare=1)
+    tapes = [RouteTape(3) for _ in range(9)]
+    said = [  # room grows on the way
+        model.model.decode(token_B, cache, LIVE[:2], tape=tape)
+        for token_B, tape in zip(ids[:, :9].T, tapes, strict=True)
+    ]
+    cache.take_back(1)
+    model.model.extend(ids[:, 8:14].tolist(), cache, [0, 1])  # within that room
+    cache.release(torch.tensor([1]))
+    found = model.model.decode(ids[:, 14], cache, torch.tensor([1, 0]))
+    with torch.no_grad():
+        wanted = model.model(ids[:1, :15]).last_hidden_state[0, -1]
+    torch.testing.assert_close(found[0], wanted, atol=2e-5, rtol=0)
+    model.lm_head(said[-1]).sum().backward()
+    first = ExpertChoices(torch.cat([tape.choices.expert_LTk[:, :1] for tape in tapes], dim=1))
+    model.model(ids[:1, :9], replay_routes=first).last_hidden_state.sum().backward()
+    assert model.lm_head.weight.grad is not None
 
 
 @pytest.mark.parametrize("num_entries", [1, 5, 63, 64, 65, 300, 1000, 4097])

@@ -9,7 +9,7 @@ from small_v4 import VOCAB, small_model
 from torch import Tensor
 from transformers.models.deepseek_v4 import DeepseekV4ForCausalLM
 
-from posttrain.backbone import V4Cache, V4ForCausalLM, tiles
+from posttrain.backbone import V4Cache, V4ForCausalLM, tiles, visible
 from posttrain.backbone.presets import CSA, HCA, SLIDING
 
 
@@ -54,7 +54,7 @@ def test_gradients_equal_stocks() -> None:
             continue
         assert q.grad is not None, name
         torch.testing.assert_close(
-            p.grad, q.grad, rtol=1e-4, atol=1e-4 * float(q.grad.abs().max()) + 3e-8
+            p.grad, q.grad, rtol=1e-4, atol=1e-4 * float(q.grad.abs().max()) + 6e-8
         )
 
 
@@ -211,8 +211,9 @@ def test_long_rows_in_tiles_give_the_same_logits_and_gradients(
 
     logits, wanted = run()
     assert any("indexer" in name for name in wanted)
-    for name, value in (("ONE_TILE", 8), ("TILE_ROWS", 1), ("GATHER", gather)):
-        monkeypatch.setattr(tiles, name, value)
+    monkeypatch.setattr(tiles, "TILE", 8)
+    monkeypatch.setattr(tiles, "KEPT", 0)
+    monkeypatch.setattr(visible, "GATHER", gather)
     in_tiles, found = run()
     torch.testing.assert_close(in_tiles, logits, atol=2e-5, rtol=0)
     assert found.keys() == wanted.keys()

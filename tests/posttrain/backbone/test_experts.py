@@ -1,5 +1,6 @@
 """Experts as one function: plain autograd in float64, gradcheck, both ways of multiplying."""
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +11,16 @@ from torch import Tensor
 from transformers.models.deepseek_v4 import DeepseekV4Config
 from transformers.models.deepseek_v4 import modeling_deepseek_v4 as stock
 
-from posttrain.backbone.experts import Groups, RoutedExperts, SwiGLU, run_experts, run_shared
+from posttrain.backbone.experts import (
+    Groups,
+    RoutedExperts,
+    Serving,
+    SwiGLU,
+    V4SharedExpert,
+    run_experts,
+    swiglu_backward,
+)
+from posttrain.backbone.fp4 import fake_fp8_activation
 
 LIMIT = 0.7
 SHAPES = [(1, 5, 3, 4, 1), (9, 6, 5, 3, 2), (33, 4, 7, 6, 3), (4, 3, 2, 9, 2)]
@@ -44,11 +54,12 @@ def plain_swiglu(gate_up: Tensor) -> Tensor:
     return F.silu(gate.clamp(max=LIMIT)) * up.clamp(-LIMIT, LIMIT)
 
 
-def plain(p: Any) -> Tensor:
+def plain(p: Any, rounded: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
+    """`rounded`: the inputs of both matrices."""
     rows: list[Tensor] = []
     for x, weights, names in zip(p.x, p.weight, p.expert, strict=True):
         outs = [
-            w * p.down_proj[e] @ plain_swiglu(p.gate_up_proj[e] @ x)
+            p.down_proj[e] @ rounded(w * plain_swiglu(p.gate_up_proj[e] @ rounded(x)))
             for w, e in zip(weights, names, strict=True)
         ]
         rows.append(torch.stack(outs).sum(0))
@@ -56,9 +67,11 @@ def plain(p: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_experts_equal_plain_autograd(shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("rounds_inputs", [False, True])
+def test_experts_equal_plain_autograd(shape: tuple[int, ...], rounds_inputs: bool) -> None:
     p = draw(shape)
-    found, wanted = run_experts(p, p.x, p.expert, p.weight), plain(p)
+    found = run_experts(p, p.x, p.expert, p.weight, rounds_inputs=rounds_inputs)
+    wanted = plain(p, fake_fp8_activation) if rounds_inputs else plain(p)
     torch.testing.assert_close(found, wanted, atol=1e-12, rtol=1e-12)
     seen = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(1), dtype=wanted.dtype)
     gradients = [torch.autograd.grad((out * seen).sum(), parameters(p)) for out in (found, wanted)]
@@ -69,7 +82,7 @@ def test_experts_equal_plain_autograd(shape: tuple[int, ...]) -> None:
 def test_gradcheck_in_float64() -> None:
     p = draw((4, 3, 2, 3, 2))
     check: Any = torch.autograd.gradcheck
-    assert check(lambda *x: RoutedExperts.apply(*x, p.expert, LIMIT, False), tuple(parameters(p)))
+    assert check(lambda *x: RoutedExperts.apply(*x, p.expert, Serving(LIMIT)), tuple(parameters(p)))
 
 
 def test_swiglu_passes_nothing_where_a_clamp_cut() -> None:
@@ -90,10 +103,10 @@ def test_the_shared_expert_equals_stocks() -> None:
     for parameter in expert.parameters():
         parameter.data = torch.randn(parameter.shape, generator=generator)
     x = torch.randn(7, 8, generator=generator, requires_grad=True)
-    outs = [run_shared(expert, x), expert(x)]
-    torch.testing.assert_close(*outs, atol=1e-5, rtol=1e-5)
-    inputs = [x, *expert.parameters()]
-    for a, b in zip(*(torch.autograd.grad(out.sum(), inputs) for out in outs), strict=True):
+    outs = [(module, module(x)) for module in (V4SharedExpert(expert), expert)]
+    torch.testing.assert_close(outs[0][1], outs[1][1], atol=1e-5, rtol=1e-5)
+    gradients = [torch.autograd.grad(out.sum(), [x, *m.parameters()]) for m, out in outs]
+    for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-5)
 
 
@@ -146,3 +159,18 @@ def test_frozen_experts_still_pass_their_inputs_gradient() -> None:
     p.down_proj.requires_grad_(False)
     frozen = torch.autograd.grad(run_experts(p, p.x, p.expert, p.weight).sum(), p.x)[0]
     assert torch.equal(trained, frozen)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients_pass_at_the_limit_and_stop_beyond(dtype: torch.dtype) -> None:
+    values = torch.tensor([-10.5, -10.0, -9.5, 9.5, 10.0, 10.5], dtype=dtype)
+    gate, up = (x.flatten() for x in torch.meshgrid(values, values, indexing="ij"))
+    grad = torch.linspace(1, 2, len(up)).to(dtype)
+    found = torch.empty_like(gate), torch.empty_like(up)
+    swiglu_backward(grad, gate, up, 10.0, out=found)
+    inputs = gate.float().requires_grad_(), up.float().requires_grad_()
+    out = torch.nn.functional.silu(inputs[0].clamp(max=10.0)) * inputs[1].clamp(-10.0, 10.0)
+    for a, b in zip(found, torch.autograd.grad(out, inputs, grad.float()), strict=True):
+        torch.testing.assert_close(
+            a.float(), b, rtol=0.01 if dtype == torch.bfloat16 else 1e-6, atol=0
+        )

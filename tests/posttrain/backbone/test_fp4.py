@@ -91,9 +91,17 @@ def test_a_scale_is_the_least_power_of_two_that_holds_the_largest_number() -> No
         (edge.nextafter(torch.tensor(0.0)), 0),
     ):
         assert torch.equal(scale_of(amax, 6.0).view(torch.uint8).int(), exponent.int() + 127 + step)
-    assert scale_of(torch.tensor(0.0), 6.0).view(torch.uint8).item() == 0
+    for smallest in (0.0, 2.0**-140, 6 * 2.0**-127):  # no scale is less than 2^-127
+        assert scale_of(torch.tensor(smallest), 6.0).view(torch.uint8).item() == 0
     broken = torch.tensor([torch.nan, torch.inf])
     assert scale_of(broken, 6.0).float().isnan().all()
+
+
+@pytest.mark.parametrize("scale_dtype", [torch.float8_e8m0fnu, torch.float32])
+def test_zeros_in_fp8_are_zeros(scale_dtype: torch.dtype) -> None:
+    for value in (0.0, -0.0):
+        codes, scale = quantize_fp8(torch.full((3, 130), value), scale_dtype=scale_dtype)
+        assert dequantize_fp8(codes, scale, dtype=torch.float32).tolist() == [[0.0] * 130] * 3
 
 
 def test_packing_keeps_every_pair_with_the_even_index_low() -> None:
@@ -103,6 +111,7 @@ def test_packing_keeps_every_pair_with_the_even_index_low() -> None:
     codes, scale = quantize_mxfp4(torch.tensor([[6.0, -0.5, *[0.0] * 30]]))
     assert codes.view(torch.uint8)[0, 0].item() == 0x97
     assert scale.float().item() == 1.0
+    assert quantize_mxfp4(torch.full((32,), -0.0))[0].view(torch.uint8).tolist() == [0x88] * 16
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

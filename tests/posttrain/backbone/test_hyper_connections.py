@@ -58,14 +58,14 @@ def plain_gates(
 
 def plain_connect(
     x_TNH: Tensor, fn: Tensor, base: Tensor, gain: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     num, (norm_eps, eps, sweeps) = x_TNH.shape[1], SETTINGS
     pre, post, comb = plain_gates(x_TNH, fn, base, gain, norm_eps=norm_eps).split(
         [num, num, num * num]
     )
     comb = comb.unflatten(0, (num, num)).softmax(1) + eps
     collapsed = torch.einsum("nt,tnh->th", pre.sigmoid() + eps, x_TNH)
-    return 2 * post.sigmoid(), plain_sinkhorn(comb, eps, sweeps), collapsed
+    return 2 * post.sigmoid(), plain_sinkhorn(comb, eps, sweeps), collapsed, x_TNH
 
 
 def plain_mix(x_TNH: Tensor, y_TH: Tensor, post_NT: Tensor, comb_NNT: Tensor) -> Tensor:
@@ -150,7 +150,7 @@ def test_modules_equal_stocks() -> None:
     theirs, ours = make(stock.DeepseekV4HyperConnection), make(V4HyperConnection)
     post, comb, collapsed = theirs(x[None])
     found = ours(x)
-    wanted = (post[0].T, comb[0].permute(1, 2, 0), collapsed[0])
+    wanted = (post[0].T, comb[0].permute(1, 2, 0), collapsed[0], x)
     for a, b in zip(found, wanted, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
     head, our_head = make(stock.DeepseekV4HyperHead), make(V4HyperHead)
@@ -172,6 +172,6 @@ def test_coefficients_are_float32_under_autocast_and_for_bf16() -> None:
 def test_no_tokens_give_zero_gradients() -> None:
     module = make(V4HyperConnection)
     x = torch.zeros(0, 4, 16, requires_grad=True)
-    post, comb, collapsed = module(x)
+    post, comb, collapsed, x = module(x)
     (mix(x, collapsed, post, comb).sum() + make(V4HyperHead)(x).sum()).backward()
     assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in module.parameters())

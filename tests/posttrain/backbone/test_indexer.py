@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from posttrain.backbone import V4ForCausalLM, indexer, preset_config
+from posttrain.backbone import V4ForCausalLM, indexer, preset_config, tiles
 from posttrain.backbone.presets import CSA
 
 TOP_K, LENGTH = 4, 96
@@ -50,6 +50,8 @@ def train(model: V4ForCausalLM, num_steps: int, monkeypatch: pytest.MonkeyPatch)
         return whole(score, share, mask, has_query)
 
     monkeypatch.setattr(indexer, "loss", watched)
+    monkeypatch.setattr(tiles, "TILE", LENGTH)  # all queries of a row in one call
+    monkeypatch.setattr(tiles, "TILE_ROWS", LENGTH * 100)
     parameters = [p for n, p in model.named_parameters() if "indexer" in n]
     optimizer = torch.optim.Adam(parameters, lr=1e-2)
     generator = torch.Generator().manual_seed(1)
@@ -83,6 +85,8 @@ def test_the_loss_of_the_sparse_stage_falls(monkeypatch: pytest.MonkeyPatch) -> 
         return found
 
     monkeypatch.setattr(indexer, "loss", watched)
+    monkeypatch.setattr(tiles, "TILE", LENGTH)  # all queries of a row in one call
+    monkeypatch.setattr(tiles, "TILE_ROWS", LENGTH * 100)
     model = make_model(warmup=False)
     optimizer = torch.optim.Adam([p for n, p in model.named_parameters() if "indexer" in n], 1e-2)
     generator = torch.Generator().manual_seed(2)

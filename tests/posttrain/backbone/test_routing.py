@@ -311,6 +311,15 @@ def test_a_stale_samplers_experts_are_used_in_every_layer() -> None:
         assert float(gate.weight.grad.abs().max()) > 0
 
 
+def test_a_tape_keeps_what_the_first_pass_took_down() -> None:
+    layers, tape, ids = Layers(), RouteTape(3), token_ids(20, 4)
+    layers(draw(20, 12, seed=4), ids, tape)
+    layers(draw(20, 12, seed=5), ids, tape)  # as a checkpoint's second pass, were it another
+    wanted = RouteTape(3)
+    layers(draw(20, 12, seed=4), ids, wanted)
+    assert torch.equal(tape.choices.expert_LTk, wanted.choices.expert_LTk)
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing_takes_down_and_replays_the_same(reentrant: bool) -> None:
     model, x, ids = Layers(), draw(20, 12, seed=3).requires_grad_(), token_ids(20, 3)

@@ -107,6 +107,15 @@ def test_rows_stop_at_their_own_stop_token_and_at_the_limit(count: int) -> None:
     assert len(ends) > 1 or count == 1
 
 
+def test_what_nothing_can_follow_is_refused() -> None:
+    model, block = make()
+    assert generate(model, block, [], max_new_tokens=3) == []
+    with pytest.raises(ValueError, match=r"prompts \[1\] have no token"):
+        generate(model, block, [[3, 4], []], max_new_tokens=3)
+    with pytest.raises(ValueError, match="max_new_tokens is 0"):
+        generate(model, block, [[3, 4]], max_new_tokens=0)
+
+
 @torch.no_grad()
 def test_the_block_drafts_with_a_cache_what_it_drafts_without() -> None:
     model, block = make()

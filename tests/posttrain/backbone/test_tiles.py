@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from posttrain.backbone import indexer, tiles
+from posttrain.backbone import indexer, tiles, visible
 from posttrain.backbone.tiles import Layout
 
 WINDOW, RATE, SCALE = 5, 3, 0.4
@@ -41,14 +41,16 @@ def seen_all(length: int, num_entries: int, rate: int = RATE) -> Tensor:
     return (torch.arange(num_entries) < (place + 1) // rate)[None]
 
 
-@pytest.fixture(params=[(1000, 1), (7, 100), (7, 1), (1, 1)], ids=str)
+@pytest.fixture(
+    params=[(1000, 1, 99), (7, 100, 0), (7, 1, 99), (7, 1, 0), (13, 1, 0), (1, 1, 0)], ids=str
+)
 def cut(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One tile through autograd, many masked, many gathered, one query each."""
-    size, gather = request.param
-    monkeypatch.setattr(tiles, "ONE_TILE", size)
+    """Tiles of so many queries, that mask or gather, and keep their weights or form them again."""
+    size, gather, kept = request.param
     monkeypatch.setattr(tiles, "TILE", size)
     monkeypatch.setattr(tiles, "TILE_ROWS", 1)
-    monkeypatch.setattr(tiles, "GATHER", gather)
+    monkeypatch.setattr(tiles, "KEPT", kept)
+    monkeypatch.setattr(visible, "GATHER", gather)
 
 
 @pytest.mark.usefixtures("cut")
@@ -106,6 +108,10 @@ def test_the_chosen_entries_and_the_indexers_loss_equal_the_dense_ones() -> None
     chosen = torch.zeros_like(visible).scatter(-1, best.indices[..., :top_k], value=True) & visible
     wanted = dense(q, k, entry, sink, chosen)
     torch.testing.assert_close(out, wanted, atol=1e-12, rtol=1e-10)
+    inputs, upstream = (q, k, entry, sink), draw(*out.shape, seed=5).detach()
+    found = torch.autograd.grad(out, inputs, upstream, retain_graph=True)
+    for a, b in zip(found, torch.autograd.grad(wanted, inputs, upstream), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-9)
 
     distance = torch.arange(length)[:, None] - torch.arange(length)
     window = ((distance >= 0) & (distance < WINDOW)).expand(2, -1, -1)

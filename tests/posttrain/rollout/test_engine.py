@@ -1,5 +1,8 @@
 """The engine says what one-by-one full forwards say, whatever its slots and neighbours."""
 
+from typing import Any
+
+import pytest
 import torch
 
 from posttrain.backbone import V4ForCausalLM, preset_config
@@ -91,8 +94,9 @@ def test_a_stop_token_is_kept_and_a_cut_is_named() -> None:
         assert not any(token in (1, 5) for token in rollout.response[:-1])
 
 
-def test_what_a_tool_says_is_not_own_and_is_read_by_the_model() -> None:
-    model, said = make_model(), [7, 8, 9]
+@pytest.mark.parametrize("said", [[7, 8, 9], [7, 5, 9]], ids=["words", "with a stop token"])
+def test_what_a_tool_says_is_not_own_and_is_read_by_the_model(said: list[int]) -> None:
+    model = make_model()
     turns: list[list[int]] = []
 
     def answer(own: list[int]) -> list[int] | None:
@@ -120,14 +124,32 @@ def test_what_a_tool_says_is_not_own_and_is_read_by_the_model() -> None:
             assert abs(float(logp[index, token]) - rollout.logp[index]) < 1e-4
 
 
-def test_a_tool_answer_that_does_not_fit_ends_the_row_by_length() -> None:
+@pytest.mark.parametrize(("num_said", "length"), [(3, 5), (4, 1), (10, 1)])
+def test_a_tool_answer_that_leaves_no_room_for_an_own_token_ends_the_row_by_length(
+    num_said: int, length: int
+) -> None:
     ask = Request(
         "t",
         [3, 4],
         max_new_tokens=5,
         stop_token_ids=tuple(range(VOCAB)),
-        continue_turn=lambda _: [7] * 10,
+        continue_turn=lambda _: [7] * num_said,
     )
     (rollout,) = Engine(make_model(), num_slots=1, seed=0).run([ask])
     assert rollout.finish_reason == "length"
-    assert len(rollout.response) == 1
+    assert len(rollout.response) == length
+    assert rollout.is_own[-1]
+
+
+@pytest.mark.parametrize("is_training", [True, False])
+def test_a_model_samples_in_eval_mode_and_is_left_as_it_was(is_training: bool) -> None:
+    model = make_model().train(is_training)
+    for abandoned in (False, True):
+        rollouts: Any = Engine(model, num_slots=2, seed=0).run(requests(5, temperature=1.0))
+        next(rollouts)
+        assert not model.training
+        if abandoned:
+            rollouts.close()
+        else:
+            assert len(list(rollouts)) == 4
+        assert model.training == is_training

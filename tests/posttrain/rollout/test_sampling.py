@@ -66,6 +66,23 @@ def test_top_k_and_top_p_keep_only_their_support() -> None:
     assert set(draw(logits, u, top_k=2)[0].tolist()) == {0, 1}
     assert set(draw(logits, u, top_p=0.8)[0].tolist()) == {0, 1, 2}
     assert set(draw(logits, u, top_p=0.01)[0].tolist()) == {0}
+    assert set(draw(logits, u, top_p=0.0)[0].tolist()) == {0}
+
+
+def test_a_set_that_has_the_mass_already_takes_no_further_token_and_ties_go_to_the_lowest() -> None:
+    u = torch.arange(400, dtype=torch.float64) / 400
+    for size in (2, 4, 64):  # powers of two: their sums are exact
+        logits = torch.zeros(size).expand(400, -1)
+        half = set(range(size // 2))
+        assert set(draw(logits, u, top_p=0.5)[0].tolist()) == half
+        assert set(draw(logits, u, top_k=size // 2)[0].tolist()) == half
+
+
+def test_a_token_without_probability_is_never_drawn() -> None:
+    none = float("-inf")
+    logits = torch.tensor([none, 0.0, none, 0.0, none]).expand(4, -1)
+    u = torch.tensor([0.0, 0.5 - 2**-53, 0.5, 1 - 2**-53], dtype=torch.float64)
+    assert draw(logits, u)[0].tolist() == [1, 1, 3, 3]
 
 
 def test_a_row_does_not_see_its_neighbours() -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-KERNELS = ("attend", "indexer_topk", "mix", "mxfp4", "sinkhorn", "sparse_attention")
+KERNELS = ("attend", "hyper", "indexer_topk", "mix", "mxfp4", "sinkhorn", "sparse_attention")
 
 
 def load() -> bool:

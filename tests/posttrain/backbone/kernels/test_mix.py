@@ -27,6 +27,12 @@ def draw(shape: tuple[int, int, int], device: torch.device, seed: int = 0) -> di
     return {k: torch.randn(s, generator=generator).to(device) for k, s in sizes.items()}
 
 
+def assert_near(found: Tensor, wanted: Tensor, tolerance: float) -> None:
+    """The largest difference, over the largest wanted."""
+    found, wanted = found.detach().double(), wanted.detach()
+    assert float((found - wanted).abs().max() / wanted.abs().max()) < tolerance
+
+
 def compare(
     function: Callable[..., Tensor],
     reference: Callable[..., Tensor],
@@ -43,18 +49,32 @@ def compare(
     for a, b in [(out, right), *((x.grad, w.grad) for x, w in zip(found, wanted, strict=True))]:
         assert a is not None
         assert b is not None
-        error = (a.double() - b).abs().max() / b.abs().max()
-        assert error < tolerance
+        assert_near(a, b, tolerance)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
-def test_collapse_equals_an_einsum(
+def test_collapse_and_its_gradients_parts_equal_einsums(
     shape: tuple[int, int, int], dtype: torch.dtype, tolerance: float, device: torch.device
 ) -> None:
     p = draw(shape, device)
-    inputs = (p["pre"], p["x"].to(dtype))
-    compare(kernel.collapse, kernel.collapse_reference, inputs, tolerance)
+    pre, x, y = p["pre"], p["x"].to(dtype), p["y"].to(dtype)
+    exact = [a.double() for a in (pre, x, y)]
+    collapsed = kernel.collapse(pre, x)
+    assert collapsed.dtype == dtype
+    assert_near(collapsed, torch.einsum("nt,tnh->th", *exact[:2]), tolerance)
+    dots = kernel.dots(x, y)
+    assert dots.dtype == torch.float32
+    assert_near(dots, torch.einsum("tnh,th->nt", *exact[1:]), 1e-5)
+    through, own = draw(shape, device, seed=1)["x"], p["post"][0]
+    passed = draw(shape, device, seed=2)["x"].to(dtype)
+    wanted = through.double() + own.double()[:, None, None] * exact[1]
+    wanted += torch.einsum("nt,th->tnh", exact[0], exact[2])
+    added = kernel.add_streams(through.clone(), x, y, own, pre)
+    assert added.dtype == dtype
+    assert_near(added, wanted, tolerance)
+    added = kernel.add_streams(through, x, y, own, pre, passed)
+    assert_near(added, wanted + passed.double(), tolerance)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -67,10 +87,11 @@ def test_mix_equals_two_einsums(
     compare(kernel.mix, kernel.mix_reference, inputs, tolerance)
 
 
-def test_they_take_the_place_of_the_torch_functions(device: torch.device) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_it_takes_the_place_of_the_torch_function(dtype: torch.dtype, device: torch.device) -> None:
     p = draw((3, 4, 16), device, seed=5)
-    mixed = hyper_connections.mix(p["x"], p["y"], p["post"], p["comb"])
-    found = kernel.mix(p["x"], p["y"], p["post"], p["comb"])
-    torch.testing.assert_close(found, mixed, atol=1e-5, rtol=0)
-    collapsed = hyper_connections.Collapse.apply(p["pre"], p["x"])
-    torch.testing.assert_close(kernel.collapse(p["pre"], p["x"]), collapsed, atol=1e-5, rtol=0)
+    inputs = (p["x"].to(dtype), p["y"], p["post"], p["comb"])
+    mixed = hyper_connections.mix(*(a.cpu() for a in inputs)).to(device)
+    found = kernel.mix(*inputs)
+    assert found.dtype == mixed.dtype
+    assert_near(found, mixed.double(), 1e-6 if dtype == torch.float32 else 2e-2)

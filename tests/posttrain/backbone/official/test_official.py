@@ -2,6 +2,7 @@
 and whatever is wrong with it is named."""
 
 import hashlib
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from posttrain.backbone.mtp import add_mtp
 from posttrain.backbone.official_config import from_official, to_official
 from posttrain.backbone.official_files import OfficialError
 from posttrain.backbone.official_names import places, stored
+from posttrain.checkpoints import load_model
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +133,18 @@ def test_stock_reads_the_same_numbers_from_what_we_save(
         assert torch.equal(buffer, stock.get_buffer(name)), name
 
 
+def test_a_run_loads_either_layout_in_the_dtype_it_asks_for(
+    written: tuple[Path, Writer], tmp_path: Path
+) -> None:
+    wanted = official.load(written[0], dtype=torch.float32)
+    wanted.save_pretrained(tmp_path)
+    for folder in (written[0], tmp_path):
+        found = load_model(folder).state_dict()
+        for name, tensor in wanted.state_dict().items():
+            assert tensor.dtype == found[name].dtype, name
+            assert torch.equal(tensor, found[name]), name
+
+
 def test_dtypes_are_those_of_from_pretrained(written: tuple[Path, Writer], tmp_path: Path) -> None:
     ours = official.load(written[0], dtype=torch.bfloat16)
     ours.save_pretrained(tmp_path)
@@ -238,6 +252,8 @@ def test_many_files_where_one_would_be_too_large(
     official.save(model, tmp_path / "many")
     files = sorted((tmp_path / "many").glob("*.safetensors"))
     assert len(files) > 5
+    sizes = [path.stat().st_size for path in files]
+    assert all(a + b > 100_000 for a, b in itertools.pairwise(sizes))  # no file too many
     assert files[-1].name == f"model-{len(files):05d}-of-{len(files):05d}.safetensors"
     again = official.load(tmp_path / "many", dtype=torch.float32)
     assert torch.equal(again.lm_head.weight, model.lm_head.weight)

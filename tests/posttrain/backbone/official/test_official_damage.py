@@ -43,6 +43,13 @@ def drop_scale(folder: Path) -> None:
     edit_index(folder, lambda m: {k: v for k, v in m.items() if k != "layers.2.attn.wkv.scale"})
 
 
+def drop_weight(folder: Path) -> None:
+    tensors, path = read(folder, "layers.2.attn.wkv.weight")
+    del tensors["layers.2.attn.wkv.weight"]
+    save_file(tensors, path)
+    edit_index(folder, lambda m: {k: v for k, v in m.items() if k != "layers.2.attn.wkv.weight"})
+
+
 def reshape(folder: Path) -> None:
     tensors, path = read(folder, "layers.1.ffn.experts.2.w2.weight")
     tensors["layers.1.ffn.experts.2.w2.weight"] = torch.zeros(H, 31, dtype=torch.int8)
@@ -95,6 +102,7 @@ def edit_header(folder: Path, change: Callable[[dict[str, Any]], dict[str, Any]]
         (rename, r"layers.0.attn.wq_a.weight is in no file of .*\[64, 128\].*wq_x.* is none of"),
         (drop, r"layers.2.hc_attn_base is in no file of .*expected F32 .*\[24\]"),
         (drop_scale, r"layers.2.attn.wkv.scale is in no file .*F8_E8M0 or F32 \[1, 1\]"),
+        (drop_weight, r"^tensor layers.2.attn.wkv.weight is in no file [^;]*$"),
         (
             reshape,
             r"model-0000.*experts.2.w2.weight is I8 \[128, 31\], expected I8 \[128, 32\]",

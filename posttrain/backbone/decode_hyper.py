@@ -1,0 +1,105 @@
+"""Hyper-connections (hyper_connections.py) of one decode step: the same equations in as few
+operator calls as there are, for at one token a row the calls are what takes the time.
+
+Nothing has a gradient. Streams lie token by token, so that each product is one call, and a sweep
+of Sinkhorn is two: sums + eps are one product with a matrix of zeros and ones, whose last column
+is eps and meets a row of ones.
+
+Legend: T tokens, N streams, H hidden size, X = N H, C = 2 N + N N coefficients.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.utils.generic import maybe_autocast
+
+from posttrain.backbone import hyper_connections
+from posttrain.backbone.hyper_connections import wide
+from posttrain.backbone.kernels import use_kernels
+
+
+@lru_cache(maxsize=8)
+def sums(num: int, eps: float, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Matrices (N N, N N + 1) that give each coefficient comb[j, k] the sum of its column (over j)
+    or of its row (over k), plus eps."""
+    same = torch.eye(num, dtype=dtype, device=device)
+    eps_C1 = same.new_full((num * num, 1), eps)
+    ones = torch.ones_like(same)
+    columns, rows = torch.kron(ones, same), torch.kron(same, ones)
+    return torch.cat([columns, eps_C1], dim=1), torch.cat([rows, eps_C1], dim=1)
+
+
+@lru_cache(maxsize=8)
+def part_C(num: int, device: torch.device) -> Tensor:
+    """Which of (pre, post, comb) each coefficient belongs to."""
+    counts = torch.tensor([num, num, num * num], device=device)
+    return torch.arange(3, device=device).repeat_interleave(counts)
+
+
+def connect(connection: Any, x_TNH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What `connection`, a V4HyperConnection, gives of x (T, N, H), laid out by token: post
+    (T, N, 1) and comb (T, N, N) fp32, collapsed (T, H) in x's dtype."""
+    if use_kernels(x_TNH):  # one launch there for all sweeps; laid out as `mix` below passes it on
+        return connection(x_TNH)[:3]
+    num, eps = connection.hc_mult, connection.hc_eps
+    with maybe_autocast(device_type=x_TNH.device.type, enabled=False):
+        x_wide = wide(x_TNH)
+        fn_CX, base_C, scale_3 = (
+            p.to(x_wide.dtype) for p in (connection.fn, connection.base, connection.scale)
+        )
+        raw_CT = project(x_wide, fn_CX, connection.input_norm.eps)
+        gain_C = scale_3[part_C(num, x_TNH.device)]
+        logit_CT = torch.addcmul(base_C.unsqueeze(1), raw_CT, gain_C.unsqueeze(1))
+        gate_TG = logit_CT[: 2 * num].T.contiguous().sigmoid_()
+        comb_NNT = logit_CT[2 * num :].view(num, num, -1).softmax(dim=1)
+        comb_TNN = sinkhorn(comb_NNT, connection.hc_sinkhorn_iters, eps)
+        collapsed_T1H = torch.bmm(gate_TG[:, :num].add(eps).unsqueeze(1), x_wide)
+    return (2 * gate_TG[:, num:]).unsqueeze(2), comb_TNN, collapsed_T1H.squeeze(1).to(x_TNH.dtype)
+
+
+def project(x_TNH: Tensor, fn_CX: Tensor, eps: float) -> Tensor:
+    """fn @ x / rms(x), (C, T)."""
+    x_TX = x_TNH.flatten(1)
+    norm_T = torch.linalg.vector_norm(x_TX, dim=1)
+    scale_T = norm_T.square_().mul_(1 / x_TX.shape[1]).add_(eps).rsqrt_()
+    return torch.mm(fn_CX, x_TX.T).mul_(scale_T)
+
+
+def sinkhorn(soft_NNT: Tensor, iterations: int, eps: float) -> Tensor:
+    """Columns, then (rows, columns) `iterations - 1` times, each divided by its sum + eps, of
+    soft + eps; (T, N, N)."""
+    num, _, tokens = soft_NNT.shape
+    sums_CX = sums(num, eps, soft_NNT.dtype, soft_NNT.device)
+    padded_XT = soft_NNT.new_ones(num * num + 1, tokens)
+    comb_CT = padded_XT[:-1]
+    torch.add(soft_NNT.flatten(0, 1), eps, out=comb_CT)
+    total_CT = torch.empty_like(comb_CT)
+    for sweep in range(2 * iterations - 1):
+        torch.mm(sums_CX[sweep % 2], padded_XT, out=total_CT)
+        torch.div(comb_CT, total_CT, out=comb_CT)
+    return comb_CT.T.contiguous().view(tokens, num, num)
+
+
+def mix(x_TNH: Tensor, y_TH: Tensor, post_TN1: Tensor, comb_TNN: Tensor) -> Tensor:
+    """The streams after a block that returned y: new[k] = post[k] y + sum_j comb[j, k] x[j]."""
+    if use_kernels(x_TNH):
+        return hyper_connections.mix(x_TNH, y_TH, post_TN1, comb_TNN)
+    dtype = x_TNH.dtype
+    written_TNH = post_TN1.to(dtype) * y_TH.to(dtype).unsqueeze(1)
+    return written_TNH.baddbmm_(comb_TNN.to(dtype).mT, x_TNH)
+
+
+def collapse(head: Any, x_TNH: Tensor) -> Tensor:
+    """What `head`, a V4HyperHead, gives of the streams after the last layer, (T, H)."""
+    if use_kernels(x_TNH):
+        return head(x_TNH)
+    with maybe_autocast(device_type=x_TNH.device.type, enabled=False):
+        x_wide = wide(x_TNH)
+        raw_NT = project(x_wide, wide(head.hc_fn), head.input_norm.eps)
+        gate_NT = torch.addcmul(wide(head.hc_base).unsqueeze(1), raw_NT, wide(head.hc_scale))
+        pre_TN = gate_NT.T.contiguous().sigmoid_().add_(head.eps)
+        return torch.bmm(pre_TN.unsqueeze(1), x_wide).squeeze(1).to(x_TNH.dtype)
