@@ -18,14 +18,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from threading import Semaphore, Thread
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor
+from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.models.deepseek_v4 import DeepseekV4ForCausalLM
 
 from posttrain.backbone import V4Cache, V4ForCausalLM, preset_config
+from posttrain.backbone.fake_quant import PARTS
 from posttrain.backbone.presets import CSA, HCA, PRESETS
 from posttrain.tokenizer import build_tokenizer
 
@@ -56,7 +59,9 @@ class Row:
     rows: int
     tokens: int
     is_long: bool = False
-    """The "long" preset, and each layer of ours computed again in the backward."""
+    """The "long" preset."""
+    recomputes: bool = False
+    """Each layer of ours is computed again in the backward."""
     has_stock: bool = True
     repeats: int = 9
     target: float = 0.0
@@ -66,11 +71,10 @@ class Row:
     def name(self) -> str:
         step = {"train": "forward + backward", "decode": "decode step, eager"}
         what = step.get(self.kind, "decode step, compiled")
-        return (
-            f"{what}, {self.rows} rows"
-            if self.kind != "train"
-            else f"{what}, {self.rows} x {self.tokens:,}"
-        )
+        if self.kind != "train":
+            return f"{what}, {self.rows} rows"
+        again = ", layers computed again" if self.recomputes else ""
+        return f"{what}, {self.rows} x {self.tokens:,}{again}"
 
 
 ROWS = (
@@ -79,10 +83,11 @@ ROWS = (
     Row("decode", 64, 1, repeats=31, target=2.0),
     Row("train", 1, 4096, is_long=True, repeats=3, target=10.0),
     Row("train", 1, 8192, is_long=True, repeats=1, target=18.0),
+    Row("train", 1, 8192, is_long=True, recomputes=True, has_stock=False, repeats=1),
 )
 COMPILED_ROWS = (Row("compiled", 64, 1, repeats=31, target=5.0),)
 LONG_ROWS = tuple(
-    Row("train", 1, tokens, is_long=True, has_stock=False, repeats=1)
+    Row("train", 1, tokens, is_long=True, recomputes=True, has_stock=False, repeats=1)
     for tokens in (16384, 32768, 65536)
 )
 
@@ -154,7 +159,7 @@ def measure(row: Row) -> Json:
     """One row of the table: times in one process, then each model's peak in its own."""
     found: Json = {**asdict(row), "name": row.name, **run_worker(row, "times")}
     if row.kind == "train":
-        models = ("ours", "stock") if row.has_stock else ("ours",)
+        models = ("ours", "quantised", *(("stock",) if row.has_stock else ()))
         found["peak_mib"] = {name: run_worker(row, name)["peak_mib"] for name in models}
     return found
 
@@ -224,13 +229,15 @@ def build(row: Row, name: str) -> Step:
         pad_token_id=tokenizer.pad_token_id,
     )
     config.update({"indexer_loss_weight": 0.0})
+    if name == "quantised":
+        config.update({"fake_quantization": list(PARTS)})
     torch.manual_seed(0)
     model: Any = V4ForCausalLM(config)
     if name == "stock":
         weights = model.state_dict()
         model = DeepseekV4ForCausalLM(config)
         model.load_state_dict(weights)
-    elif row.is_long:
+    elif row.recomputes:
         older = model.gradient_checkpointing_enable  # warns that it has a new name, where it has
         getattr(model, "activation_checkpointing_enable", older)()
     generator = torch.Generator().manual_seed(0)
@@ -240,7 +247,7 @@ def build(row: Row, name: str) -> Step:
     longest = DECODED_LENGTHS[1]
     ids = torch.randint(3, config.vocab_size, (row.rows, longest), generator=generator)
     if name == "stock":
-        return stock_decode(model.eval(), ids)
+        return stock_decode(model.eval(), ids, row.repeats)
     return our_decode(model.eval(), ids, is_compiled=row.kind == "compiled", repeats=row.repeats)
 
 
@@ -262,24 +269,38 @@ def our_decode(model: Any, ids: Tensor, *, is_compiled: bool, repeats: int) -> S
         from posttrain.backbone.compiled import compiled_decode  # starts a compiler
 
         decode = compiled_decode(model.model)
-    is_live_B = torch.ones(len(ids), dtype=torch.long)
+    is_live_B, token_B = torch.ones(len(ids), dtype=torch.long), ids[:, -1]
 
     @torch.no_grad()
-    def step() -> Tensor:
-        return model.lm_head(decode(ids[:, -1], cache, is_live_B))
+    def step() -> None:
+        nonlocal token_B
+        token_B = model.lm_head(decode(token_B, cache, is_live_B)).argmax(-1)
 
     return step
 
 
-def stock_decode(model: Any, ids: Tensor) -> Step:
-    """One token more in every row with stock's cache. All rows have the longest's length: stock
-    is wrong on rows of their own lengths, which it would pad on the left."""
-    with torch.no_grad():
-        cache = model(input_ids=ids, use_cache=True).past_key_values
+def stock_decode(model: Any, ids: Tensor, repeats: int) -> Step:
+    """One token more in every row by stock's greedy `generate`. All rows have the longest's length:
+    stock is wrong on rows of their own lengths, which it would pad on the left."""
+    turn, done = Semaphore(0), Semaphore(0)
 
-    @torch.no_grad()
-    def step() -> Tensor:
-        return model(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True).logits
+    class Pause(StoppingCriteria):
+        """Between two tokens `generate` waits for the next step."""
+
+        def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+            done.release()
+            turn.acquire()
+            return torch.zeros(len(input_ids), dtype=torch.bool)
+
+    options = {"max_new_tokens": repeats + 9, "do_sample": False, "eos_token_id": None}
+    criteria = StoppingCriteriaList([Pause()])
+    options |= {"stopping_criteria": criteria, "attention_mask": torch.ones_like(ids)}
+    Thread(target=model.generate, args=(ids,), kwargs=options, daemon=True).start()
+    done.acquire()
+
+    def step() -> None:
+        turn.release()
+        done.acquire()
 
     return step
 
@@ -292,11 +313,12 @@ def page(data: Json) -> str:
         "",
         f"{data['date']}, {data['cpu']}, one thread of {data['cores']}, load {data['load']} at the "
         f"start, {versions}, fp32, same weights. Written by `benchmarks/backbone.py`, which says "
-        "how; ratios are of processor time. In rows of 4,096 tokens and more ours computes each "
-        "layer again in the backward.",
+        "how; ratios are of processor time. The last two columns: ours with all of serving's "
+        "rounding (fake_quant.py), and its memory over that without.",
         "",
-        "| step | stock s | ours s | ratio | target | ours wall s | stock MiB | ours MiB | ratio |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| step | stock s | ours s | ratio | target | ours wall s | stock MiB | ours MiB | ratio "
+        "| rounded MiB | ratio |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     return "\n".join([*lines, *(table_row(row) for row in data["rows"])]) + "\n"
 
@@ -313,7 +335,9 @@ def table_row(row: Json) -> str:
             number(row["wall_s"], "ours", ".4g"),
             number(peaks, "stock", ".0f"),
             number(peaks, "ours", ".0f"),
-            f"{ratio(peaks)} |",
+            ratio(peaks),
+            number(peaks, "quantised", ".0f"),
+            f"{ratio(peaks, 'quantised', 'ours')} |",
         ]
     )
 
@@ -322,8 +346,9 @@ def number(values: Mapping[str, float], name: str, form: str) -> str:
     return format(values[name], form) if name in values else "-"
 
 
-def ratio(values: Mapping[str, float]) -> str:
-    return f"{values['stock'] / values['ours']:.2f}" if len(values) == 2 else "-"
+def ratio(values: Mapping[str, float], above: str = "stock", below: str = "ours") -> str:
+    both = above in values and below in values
+    return f"{values[above] / values[below]:.2f}" if both else "-"
 
 
 if __name__ == "__main__":

@@ -126,14 +126,19 @@ def mhc_rows(s: Sizes, device: torch.device) -> Iterator[Row]:
     x = torch.randn(tokens, 4, s.hidden, device=device, dtype=s.dtype)
     fn = torch.randn(24, 4 * s.hidden, device=device) * (4 * s.hidden) ** -0.5
     parts = [x, fn, torch.randn(24, device=device), torch.randn(24, device=device)]
-    connects = (
-        with_gradients(lambda *a, f=f: f.apply(*a, 1e-6, 1e-6, 20), parts)
-        for f in (hyper.Connect, hyper_connections.Connect)
-    )
-    yield Row("mHC connect, with backward", shape, *connects)
+
+    def written(module: Any) -> Callable[..., Sequence[Tensor]]:
+        def through(*inputs: Tensor) -> Sequence[Tensor]:
+            collapsed, write = module.connect(*inputs, 1e-6, 1e-6, 20)
+            return [collapsed, write(collapsed)]
+
+        return through
+
+    both = (with_gradients(written(module), parts) for module in (hyper, hyper_connections))
+    yield Row("mHC connection, with backward", shape, *both)
     y = torch.randn(tokens, s.hidden, device=device, dtype=s.dtype)
     parts = [x, y, torch.rand(4, tokens, device=device), comb]
-    mixes = (with_gradients(f, parts) for f in (mix.mix, hyper_connections.mix))
+    mixes = (with_gradients(f, parts) for f in (mix.mix, mix.mix_reference))
     yield Row("mHC mix, with backward", shape, *mixes)
 
 

@@ -16,7 +16,6 @@ from torch import Tensor
 from posttrain.backbone.cache import V4Cache
 from posttrain.backbone.decode import context_of, decode_attention
 from posttrain.backbone.fake_quant import rounds
-from posttrain.backbone.hyper_connections import mix
 from posttrain.backbone.routing import route
 
 
@@ -57,12 +56,10 @@ def _static_step(model: Any, token_B: Tensor, cache: V4Cache) -> Tensor:
     embeds_BH = model.embed_tokens(token_B)
     x_BNH = embeds_BH.unsqueeze(1).expand(-1, model.config.hc_mult, -1).contiguous()
     for layer in model.layers:
-        post, comb, collapsed, x_BNH = layer.attn_hc(x_BNH)
-        out = decode_attention(layer.self_attn, layer.input_layernorm(collapsed), context)
-        x_BNH = mix(x_BNH, out, post, comb)
-        post, comb, collapsed, x_BNH = layer.ffn_hc(x_BNH)
-        out = _all_experts(layer.mlp, layer.post_attention_layernorm(collapsed), token_B)
-        x_BNH = mix(x_BNH, out, post, comb)
+        collapsed, write = layer.attn_hc(x_BNH)
+        x_BNH = write(decode_attention(layer.self_attn, layer.input_layernorm(collapsed), context))
+        collapsed, write = layer.ffn_hc(x_BNH)
+        x_BNH = write(_all_experts(layer.mlp, layer.post_attention_layernorm(collapsed), token_B))
     return model.norm(model.hc_head(x_BNH.unsqueeze(0)).squeeze(0))
 
 

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 from transformers.utils.generic import maybe_autocast
 
-from posttrain.backbone import hyper_connections
-from posttrain.backbone.hyper_connections import wide
+from posttrain.backbone.hyper_connections import Writer, wide
 from posttrain.backbone.kernels import use_kernels
 
 
@@ -40,12 +39,11 @@ def part_C(num: int, device: torch.device) -> Tensor:
     return torch.arange(3, device=device).repeat_interleave(counts)
 
 
-def connect(connection: Any, x_TNH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What `connection`, a V4HyperConnection, gives of x (T, N, H), laid out by token: post
-    (T, N, 1) and comb (T, N, N) fp32, collapsed (T, H) in x's dtype."""
-    if use_kernels(x_TNH):  # one launch there for all sweeps; laid out as `mix` below passes it on
-        return connection(x_TNH)[:3]
-    num, eps = connection.hc_mult, connection.hc_eps
+def connect(connection: Any, x_TNH: Tensor) -> tuple[Tensor, Writer]:
+    """What `connection`, a V4HyperConnection, gives of x (T, N, H)."""
+    if use_kernels(x_TNH):  # one launch there for all sweeps
+        return connection(x_TNH)
+    num, eps, dtype = connection.hc_mult, connection.hc_eps, x_TNH.dtype
     with maybe_autocast(device_type=x_TNH.device.type, enabled=False):
         x_wide = wide(x_TNH)
         fn_CX, base_C, scale_3 = (
@@ -58,7 +56,13 @@ def connect(connection: Any, x_TNH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         comb_NNT = logit_CT[2 * num :].view(num, num, -1).softmax(dim=1)
         comb_TNN = sinkhorn(comb_NNT, connection.hc_sinkhorn_iters, eps)
         collapsed_T1H = torch.bmm(gate_TG[:, :num].add(eps).unsqueeze(1), x_wide)
-    return (2 * gate_TG[:, num:]).unsqueeze(2), comb_TNN, collapsed_T1H.squeeze(1).to(x_TNH.dtype)
+
+    def write(y_TH: Tensor) -> Tensor:
+        post_TN1 = (2 * gate_TG[:, num:]).unsqueeze(2).to(dtype)
+        written_TNH = post_TN1 * y_TH.to(dtype).unsqueeze(1)
+        return written_TNH.baddbmm_(comb_TNN.to(dtype).mT, x_TNH)
+
+    return collapsed_T1H.squeeze(1).to(dtype), write
 
 
 def project(x_TNH: Tensor, fn_CX: Tensor, eps: float) -> Tensor:
@@ -82,15 +86,6 @@ def sinkhorn(soft_NNT: Tensor, iterations: int, eps: float) -> Tensor:
         torch.mm(sums_CX[sweep % 2], padded_XT, out=total_CT)
         torch.div(comb_CT, total_CT, out=comb_CT)
     return comb_CT.T.contiguous().view(tokens, num, num)
-
-
-def mix(x_TNH: Tensor, y_TH: Tensor, post_TN1: Tensor, comb_TNN: Tensor) -> Tensor:
-    """The streams after a block that returned y: new[k] = post[k] y + sum_j comb[j, k] x[j]."""
-    if use_kernels(x_TNH):
-        return hyper_connections.mix(x_TNH, y_TH, post_TN1, comb_TNN)
-    dtype = x_TNH.dtype
-    written_TNH = post_TN1.to(dtype) * y_TH.to(dtype).unsqueeze(1)
-    return written_TNH.baddbmm_(comb_TNN.to(dtype).mT, x_TNH)
 
 
 def collapse(head: Any, x_TNH: Tensor) -> Tensor:

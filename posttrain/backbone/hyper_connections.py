@@ -13,7 +13,7 @@ stream j, to stream k).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -58,41 +58,9 @@ def sinkhorn_backward(grad_NNT: Tensor, comb_NNT: Tensor, totals: Sequence[Tenso
     return grad_log_NNT.div_(comb_NNT)
 
 
-class Sinkhorn(torch.autograd.Function):
-    """Sinkhorn alone: what a fused kernel is held to."""
-
-    @staticmethod
-    def forward(ctx: Any, comb_NNT: Tensor, iterations: int, eps: float) -> Tensor:
-        out_NNT = comb_NNT.clone(memory_format=torch.contiguous_format)
-        ctx.save_for_backward(out_NNT, *sinkhorn_(out_NNT, iterations, eps))
-        return out_NNT
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        out_NNT, *totals = ctx.saved_tensors
-        return sinkhorn_backward(grads[0], out_NNT, totals), None, None
-
-
-class Collapse(torch.autograd.Function):
-    """sum_n pre[n] x[:, n], (T, H), alone: what a fused kernel is held to."""
-
-    @staticmethod
-    def forward(ctx: Any, pre_NT: Tensor, x_TNH: Tensor) -> Tensor:
-        ctx.save_for_backward(pre_NT, x_TNH)
-        return weighted_sum(pre_NT, x_TNH)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        pre_NT, x_TNH = ctx.saved_tensors
-        grad_pre_NT = dots(x_TNH, grads[0], out_NT=torch.empty_like(pre_NT))
-        return grad_pre_NT, pre_NT.T.unsqueeze(-1) * grads[0].unsqueeze(1)
-
-
 class Connect(torch.autograd.Function):
-    """post (N, T), comb (N, N, T) and collapsed (T, H) of streams x (T, N, H), and x again: for
-    `mix`, so that the gradient from there is added to in the same pass over the streams."""
+    """Of streams x (T, N, H): what is kept of them, sum_j comb[j, k] x[j], (N, T, H), post (N, T)
+    and collapsed (T, H)."""
 
     @staticmethod
     def forward(
@@ -104,49 +72,45 @@ class Connect(torch.autograd.Function):
         norm_eps: float,
         eps: float,
         iterations: int,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        num = x_TNH.shape[1]
-        raw_CT, scale_T = project(wide(x_TNH).transpose(0, 1), fn_CX, norm_eps)
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        num, x_wide = x_TNH.shape[1], wide(x_TNH)
+        raw_CT, scale_T = project(x_wide.transpose(0, 1), fn_CX, norm_eps)
         found = gate_GT, _, comb_NNT, *_ = coefficients(
             raw_CT, base_C, gain_C, num, iterations, eps
         )
-        collapsed_TH = weighted_sum(gate_GT[:num] + eps, wide(x_TNH))
-        kept = found if len(x_TNH) <= KEPT else ()
-        ctx.save_for_backward(x_TNH, fn_CX, base_C, gain_C, raw_CT, scale_T, *kept)
+        collapsed_TH = weighted_sum(gate_GT[:num] + eps, x_wide)
+        saved = found if len(x_TNH) <= KEPT else ()
+        ctx.save_for_backward(x_TNH, fn_CX, base_C, gain_C, raw_CT, scale_T, *saved)
         ctx.iterations, ctx.eps = iterations, eps
-        return 2 * gate_GT[num:], comb_NNT, collapsed_TH.to(x_TNH.dtype), x_TNH.view_as(x_TNH)
+        kept_NTH = mixed(comb_NNT.to(x_TNH.dtype), x_TNH)
+        return kept_NTH, 2 * gate_GT[num:], collapsed_TH.to(x_TNH.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x_TNH, fn_CX, base_C, gain_C, raw_CT, scale_T, *kept = ctx.saved_tensors
+        x_TNH, fn_CX, base_C, gain_C, raw_CT, scale_T, *saved = ctx.saved_tensors
         num, x_wide = x_TNH.shape[1], wide(x_TNH)
-        gate_GT, soft_NNT, comb_NNT, *totals = kept or coefficients(
+        gate_GT, soft_NNT, comb_NNT, *totals = saved or coefficients(
             raw_CT, base_C, gain_C, num, ctx.iterations, ctx.eps
         )
-        grad_post_NT, grad_comb_NNT, grad_TH = grads[0], grads[1], wide(grads[2])
-        grad_CT = torch.empty_like(raw_CT)
-        dots(x_wide, grad_TH, out_NT=grad_CT[:num])
+        grad_kept_TNH, grad_post_NT, grad_TH = wide(grads[0]).transpose(0, 1), grads[1], grads[2]
+        grad_CT, grad_TH = torch.empty_like(raw_CT), wide(grad_TH)
+        grad_CT[:num] = dots(x_wide, grad_TH)
         torch.mul(grad_post_NT, 2, out=grad_CT[num : 2 * num])
         grad_CT[: 2 * num].mul_(torch.addcmul(gate_GT, gate_GT, gate_GT, value=-1))
+        grad_comb_NNT = torch.bmm(distinct(x_wide), grad_kept_TNH.mT).permute(1, 2, 0)
+        grad_comb_NNT = grad_comb_NNT.expand_as(comb_NNT)
         grad_soft = sinkhorn_backward(grad_comb_NNT, comb_NNT, totals).mul_(soft_NNT)
         grad_soft.addcmul_(soft_NNT, grad_soft.sum(1, keepdim=True), value=-1)
         grad_CT[2 * num :] = grad_soft.flatten(0, 1)
         grad_base_C, grad_gain_C = grad_CT.sum(1), (grad_CT * raw_CT).sum(1)
         grad_CT.mul_(gain_C.unsqueeze(1))
-        pre_NT, x_NTH = gate_GT[:num] + ctx.eps, x_wide.transpose(0, 1)
-        grad_x, grad_fn = streams_backward(
-            grad_CT, grad_TH, x_NTH, fn_CX, pre_NT, raw_CT, scale_T, wide(grads[3])
-        )
-        return (
-            grad_x.transpose(0, 1).to(x_TNH.dtype),
-            grad_fn,
-            grad_base_C,
-            grad_gain_C,
-            None,
-            None,
-            None,
-        )
+        grad_NTH = mixed(comb_NNT.transpose(0, 1), grad_kept_TNH)
+        grad_NTH.addcmul_((gate_GT[:num] + ctx.eps).unsqueeze(-1), grad_TH)
+        x_NTH = x_wide.transpose(0, 1)
+        grad_fn_CX = project_backward(grad_CT, x_NTH, fn_CX, raw_CT, scale_T, grad_NTH)
+        grad_x_TNH = grad_NTH.transpose(0, 1).to(x_TNH.dtype)
+        return grad_x_TNH, grad_fn_CX, grad_base_C, grad_gain_C, None, None, None
 
 
 def coefficients(
@@ -174,67 +138,52 @@ def project(x_NTH: Tensor, fn_CX: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return raw_CT.mul_(scale_T), scale_T
 
 
-def streams_backward(
+def project_backward(
     grad_CT: Tensor,
-    grad_TH: Tensor,
     x_NTH: Tensor,
     fn_CX: Tensor,
-    pre_NT: Tensor,
     raw_CT: Tensor,
     scale_T: Tensor,
-    passed_TNH: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The gradients of x and fn, through `raw`, the weighted sum and what x got elsewhere, if
-    anything; `grad_CT` is spent."""
+    grad_NTH: Tensor,
+) -> Tensor:
+    """fn's gradient; x's is added to `grad_NTH`. `grad_CT` is spent."""
     size = x_NTH.shape[2]
     through_norm_T = (grad_CT * raw_CT).sum(0).mul_(scale_T.square() / -fn_CX.shape[1])
     grad_CT.mul_(scale_T)
-    grad_NTH, grad_fn_CX = like_streams(x_NTH), torch.empty_like(fn_CX)
+    grad_fn_CX = torch.empty_like(fn_CX)
     for n, grad_x_TH in enumerate(grad_NTH.unbind(0)):
         part = slice(n * size, (n + 1) * size)
-        if passed_TNH is None:
-            torch.mm(grad_CT.T, fn_CX[:, part], out=grad_x_TH)
-        else:
-            torch.addmm(passed_TNH[:, n], grad_CT.T, fn_CX[:, part], out=grad_x_TH)
+        grad_x_TH.addmm_(grad_CT.T, fn_CX[:, part])
         grad_x_TH.addcmul_(x_NTH[n], through_norm_T.unsqueeze(1))
-        grad_x_TH.addcmul_(pre_NT[n].unsqueeze(1), grad_TH)
         grad_fn_CX[:, part] = grad_CT @ x_NTH[n]
-    return grad_NTH, grad_fn_CX
+    return grad_fn_CX
 
 
-def like_streams(x_NTH: Tensor) -> Tensor:
-    """Uninitialised streams (N, T, H), stream by stream in memory: a pass over one of them then
-    reads whole pages and fits the second-level cache, which the passes over rows of N do not."""
-    return torch.empty_like(x_NTH, memory_format=torch.contiguous_format)
+def mixed(weight_NNT: Tensor, x_TNH: Tensor) -> Tensor:
+    """sum_j weight[j, k] x[:, j], (N, T, H), stream by stream in memory: a pass over one of them
+    reads whole pages and fits the second-level cache, which passes over rows of N do not."""
+    out_NTH = torch.empty_like(x_TNH.transpose(0, 1), memory_format=torch.contiguous_format)
+    torch.mul(weight_NNT[0].unsqueeze(-1), x_TNH[:, 0], out=out_NTH)
+    for j in range(1, len(weight_NNT)):
+        out_NTH.addcmul_(weight_NNT[j].unsqueeze(-1), x_TNH[:, j])
+    return out_NTH
 
 
-class Mix(torch.autograd.Function):
-    """new[k] = post[k] y + sum_j comb[j, k] x[j], (T, N, H)."""
+class Write(torch.autograd.Function):
+    """kept[k] + post[k] y, (N, T, H), in the memory of `kept`."""
 
     @staticmethod
-    def forward(ctx: Any, x_TNH: Tensor, y_TH: Tensor, post_NT: Tensor, comb_NNT: Tensor) -> Tensor:
-        ctx.save_for_backward(x_TNH, y_TH, post_NT, comb_NNT)
-        out_NTH = like_streams(x_TNH.transpose(0, 1))
-        torch.mul(post_NT.unsqueeze(-1), y_TH, out=out_NTH)
-        for j in range(len(comb_NNT)):
-            out_NTH.addcmul_(comb_NNT[j].unsqueeze(-1), x_TNH[:, j])
-        return out_NTH.transpose(0, 1)
+    def forward(ctx: Any, kept_NTH: Tensor, y_TH: Tensor, post_NT: Tensor) -> Tensor:
+        ctx.mark_dirty(kept_NTH)
+        ctx.save_for_backward(y_TH, post_NT)
+        return kept_NTH.addcmul_(post_NT.unsqueeze(-1), y_TH)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x_TNH, y_TH, post_NT, comb_NNT = ctx.saved_tensors
-        (grad_TNH,) = grads
-        grad_x_NTH = like_streams(x_TNH.transpose(0, 1))
-        torch.mul(comb_NNT[:, 0].unsqueeze(-1), grad_TNH[:, 0], out=grad_x_NTH)
-        for k in range(1, len(comb_NNT)):
-            grad_x_NTH.addcmul_(comb_NNT[:, k].unsqueeze(-1), grad_TNH[:, k])
-        grad_post_NT = dots(grad_TNH, y_TH, out_NT=torch.empty_like(post_NT))
-        # the first layer's streams are one; products of a tensor with itself go row by row
-        streams = x_TNH[:, :1] if x_TNH.stride(1) == 0 else x_TNH
-        grad_comb_NNT = torch.bmm(streams, grad_TNH.mT).permute(1, 2, 0).expand_as(comb_NNT)
-        grad_y_TH = weighted_sum(post_NT, grad_TNH)
-        return grad_x_NTH.transpose(0, 1), grad_y_TH, grad_post_NT, grad_comb_NNT
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        y_TH, post_NT = ctx.saved_tensors
+        grad_TNH = grads[0].transpose(0, 1)
+        return grads[0], weighted_sum(post_NT, grad_TNH), dots(grad_TNH, y_TH)
 
 
 def weighted_sum(weight_NT: Tensor, x_TNH: Tensor) -> Tensor:
@@ -245,12 +194,15 @@ def weighted_sum(weight_NT: Tensor, x_TNH: Tensor) -> Tensor:
     return out_TH
 
 
-def dots(x_TNH: Tensor, y_TH: Tensor, *, out_NT: Tensor) -> Tensor:
-    """x[:, n] . y into out[n], stream by stream: the product of all of them is the size of x."""
-    product_TH = torch.empty_like(y_TH)
-    for n in range(len(out_NT)):
-        torch.sum(torch.mul(x_TNH[:, n], y_TH, out=product_TH), -1, out=out_NT[n])
-    return out_NT
+def dots(x_TNH: Tensor, y_TH: Tensor) -> Tensor:
+    """x[:, n] . y, (N, T), laid out by token."""
+    return torch.bmm(y_TH.unsqueeze(1), distinct(x_TNH).mT).squeeze(1).T.expand(x_TNH.shape[1], -1)
+
+
+def distinct(x_TNH: Tensor) -> Tensor:
+    """One of the streams where they share their memory, as the first layer's do: products of such
+    tensors go token by token."""
+    return x_TNH[:, :1] if x_TNH.stride(1) == 0 else x_TNH
 
 
 class Head(torch.autograd.Function):
@@ -278,31 +230,58 @@ class Head(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x_TNH, fn_NX, gain_1, raw_NT, scale_T, gate_NT = ctx.saved_tensors
         grad_TH, x_wide = wide(grads[0]), wide(x_TNH)
-        grad_NT = dots(x_wide, grad_TH, out_NT=torch.empty_like(raw_NT))
+        grad_NT = dots(x_wide, grad_TH).contiguous()
         grad_NT.mul_(torch.addcmul(gate_NT, gate_NT, gate_NT, value=-1))
         grad_base_N, grad_gain_1 = grad_NT.sum(1), (grad_NT * raw_NT).sum().view(1)
         grad_NT.mul_(gain_1)
-        pre_NT, x_NTH = gate_NT + ctx.eps, x_wide.transpose(0, 1)
-        grad_x, grad_fn = streams_backward(grad_NT, grad_TH, x_NTH, fn_NX, pre_NT, raw_NT, scale_T)
-        return grad_x.transpose(0, 1).to(x_TNH.dtype), grad_fn, grad_base_N, grad_gain_1, None, None
+        grad_NTH, x_NTH = (gate_NT + ctx.eps).unsqueeze(-1) * grad_TH, x_wide.transpose(0, 1)
+        grad_fn_NX = project_backward(grad_NT, x_NTH, fn_NX, raw_NT, scale_T, grad_NTH)
+        grad_x_TNH = grad_NTH.transpose(0, 1).to(x_TNH.dtype)
+        return grad_x_TNH, grad_fn_NX, grad_base_N, grad_gain_1, None, None
+
+
+Writer = Callable[[Tensor], Tensor]
+"""Takes a block's output y (T, H), once, and gives the streams after it, (T, N, H)."""
+
+
+def connect(
+    x_TNH: Tensor,
+    fn_CX: Tensor,
+    base_C: Tensor,
+    gain_C: Tensor,
+    norm_eps: float,
+    eps: float,
+    iterations: int,
+) -> tuple[Tensor, Writer]:
+    """What a block reads of the streams (T, H), and how its output is written to them."""
+    parts: Any = Connect.apply(x_TNH, fn_CX, base_C, gain_C, norm_eps, eps, iterations)
+    kept_NTH, post_NT, collapsed_TH = parts
+
+    def write(y_TH: Tensor) -> Tensor:
+        y_TH, post = y_TH.to(kept_NTH.dtype), post_NT.to(kept_NTH.dtype)
+        if not torch.is_grad_enabled():
+            return kept_NTH.addcmul_(post.unsqueeze(-1), y_TH).transpose(0, 1)
+        streams: Any = Write.apply(kept_NTH, y_TH, post)
+        return streams.transpose(0, 1)
+
+    return collapsed_TH, write
 
 
 class V4HyperConnection(stock.DeepseekV4HyperConnection):
-    """Stock's parameters; (post, comb, collapsed, x) of flat tokens."""
+    """Stock's parameters, over flat tokens."""
 
-    def forward(self, x_TNH: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """x (T, N, H) -> post (N, T) fp32, comb (N, N, T) fp32, collapsed (T, H) in x's dtype, and
-        x again for `mix`."""
-        num = self.hc_mult
+    def forward(self, x_TNH: Tensor) -> tuple[Tensor, Writer]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Streams x (T, N, H) -> what the block reads (T, H) in x's dtype, and how its output is
+        written."""
+        num, via = self.hc_mult, connect
         scale_3 = wide(self.scale)
         gain_C = torch.cat([scale_3[i].expand(n) for i, n in enumerate((num, num, num * num))])
-        connect = Connect.apply
         if use_kernels(x_TNH):
             from posttrain.backbone.kernels import hyper  # imports triton
 
-            connect = hyper.Connect.apply
+            via = hyper.connect
         with maybe_autocast(device_type=x_TNH.device.type, enabled=False):
-            return connect(
+            return via(
                 x_TNH,
                 wide(self.fn),
                 wide(self.base),
@@ -310,7 +289,7 @@ class V4HyperConnection(stock.DeepseekV4HyperConnection):
                 self.input_norm.eps,
                 self.hc_eps,
                 self.hc_sinkhorn_iters,
-            )  # pyright: ignore[reportReturnType]
+            )
 
 
 class V4HyperHead(stock.DeepseekV4HyperHead):
@@ -333,13 +312,3 @@ class V4HyperHead(stock.DeepseekV4HyperHead):
                 self.eps,
             )
         return flat_TH.view(*x.shape[:-2], x.shape[-1])
-
-
-def mix(x_TNH: Tensor, y_TH: Tensor, post_NT: Tensor, comb_NNT: Tensor) -> Tensor:
-    """The streams after a block that returned y: (T, N, H)."""
-    if use_kernels(x_TNH):
-        from posttrain.backbone.kernels import mix as kernels  # imports triton
-
-        return kernels.mix(x_TNH, y_TH, post_NT, comb_NNT)
-    dtype = x_TNH.dtype
-    return Mix.apply(x_TNH, y_TH.to(dtype), post_NT.to(dtype), comb_NNT.to(dtype))  # pyright: ignore[reportReturnType]

@@ -11,7 +11,7 @@ from posttrain.backbone.attention import Context, V4Attention
 from posttrain.backbone.auxiliary import touch
 from posttrain.backbone.decode import DecodeContext, decode_attention
 from posttrain.backbone.experts import V4SparseMoeBlock
-from posttrain.backbone.hyper_connections import V4HyperConnection, mix
+from posttrain.backbone.hyper_connections import V4HyperConnection
 from posttrain.backbone.norm import V4RMSNorm
 
 
@@ -33,20 +33,12 @@ class V4DecoderLayer(stock.DeepseekV4DecoderLayer):
     ) -> Tensor:
         """Streams (T, N, H) -> (T, N, H)."""
         if isinstance(context, DecodeContext):
-            return self._decode(x_TNH, token_id_T, context)
-        post, comb, collapsed, x_TNH = self.attn_hc(x_TNH)
-        out = self.self_attn(self.input_layernorm(collapsed), context)
-        x_TNH = mix(x_TNH, out, post, comb)
-        post, comb, collapsed, x_TNH = self.ffn_hc(x_TNH)
-        out = self.mlp(self.post_attention_layernorm(collapsed), token_id_T, context)
-        x_TNH = mix(x_TNH, out, post, comb)
+            attend, connect = decode_attention, decode_hyper.connect
+        else:
+            attend, connect = V4Attention.__call__, V4HyperConnection.__call__
+        collapsed, write = connect(self.attn_hc, x_TNH)
+        x_TNH = write(attend(self.self_attn, self.input_layernorm(collapsed), context))
+        collapsed, write = connect(self.ffn_hc, x_TNH)
+        normed = self.post_attention_layernorm(collapsed)
+        x_TNH = write(self.mlp(normed, token_id_T, context))
         return x_TNH if len(x_TNH) else touch(x_TNH, self.parameters())
-
-    def _decode(self, x_TNH: Tensor, token_id_T: Tensor, context: DecodeContext) -> Tensor:
-        """The same of one token a row, in fewer calls."""
-        post, comb, collapsed = decode_hyper.connect(self.attn_hc, x_TNH)
-        out = decode_attention(self.self_attn, self.input_layernorm(collapsed), context)
-        x_TNH = decode_hyper.mix(x_TNH, out, post, comb)
-        post, comb, collapsed = decode_hyper.connect(self.ffn_hc, x_TNH)
-        out = self.mlp(self.post_attention_layernorm(collapsed), token_id_T, context)
-        return decode_hyper.mix(x_TNH, out, post, comb)

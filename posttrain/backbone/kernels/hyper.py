@@ -1,5 +1,5 @@
-"""mHC's coefficients and collapse on the GPU (V4 report 2.2): hyper_connections' `Connect` and
-`Head`, the same arguments, results and gradients, out of the kernels here and products by cuBLAS.
+"""mHC on the GPU (V4 report 2.2): hyper_connections' `connect` and `Head`, the same arguments,
+results and gradients, out of the kernels here and products by cuBLAS.
 
     raw = fn @ x / rms(x);  pre, post, comb = sigmoid + eps, 2 sigmoid, Sinkhorn(softmax + eps)
     collapsed = sum_n pre[n] x[n]
@@ -15,14 +15,30 @@ stream j, to stream k, token).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from posttrain.backbone.kernels.mix import add_streams, collapse, dots
+from posttrain.backbone.kernels.mix import add_streams, collapse, dots, mix
 from posttrain.backbone.kernels.sinkhorn import sinkhorn, sinkhorn_backward
+
+
+def connect(
+    x_TNH: Tensor,
+    fn_CX: Tensor,
+    base_C: Tensor,
+    gain_C: Tensor,
+    norm_eps: float,
+    eps: float,
+    iterations: int,
+) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """What a block reads of the streams (T, H), and how its output is written to them."""
+    parts: Any = Connect.apply(x_TNH, fn_CX, base_C, gain_C, norm_eps, eps, iterations)
+    post_NT, comb_NNT, collapsed_TH, x_TNH = parts
+    return collapsed_TH, lambda y_TH: mix(x_TNH, y_TH, post_NT, comb_NNT)
 
 
 class Connect(torch.autograd.Function):

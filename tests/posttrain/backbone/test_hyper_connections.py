@@ -8,15 +8,8 @@ from torch import Tensor
 from transformers.models.deepseek_v4 import DeepseekV4Config
 from transformers.models.deepseek_v4 import modeling_deepseek_v4 as stock
 
-from posttrain.backbone.hyper_connections import (
-    Collapse,
-    Connect,
-    Head,
-    Sinkhorn,
-    V4HyperConnection,
-    V4HyperHead,
-    mix,
-)
+from posttrain.backbone import hyper_connections
+from posttrain.backbone.hyper_connections import Head, V4HyperConnection, V4HyperHead, connect
 
 SHAPES = [(5, 4, 6), (1, 4, 8), (33, 3, 7), (130, 2, 5)]
 SETTINGS = (1e-6, 1e-6, 20)
@@ -29,8 +22,6 @@ def draw(shape: tuple[int, int, int], seed: int = 0) -> dict[str, Tensor]:
     shapes = {
         "x": (tokens, streams, size),
         "y": (tokens, size),
-        "post": (streams, tokens),
-        "comb": (streams, streams, tokens),
         "fn": (num, streams * size),
         "base": (num,),
         "gain": (num,),
@@ -57,20 +48,25 @@ def plain_gates(
 
 
 def plain_connect(
-    x_TNH: Tensor, fn: Tensor, base: Tensor, gain: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x_TNH: Tensor, fn: Tensor, base: Tensor, gain: Tensor, y_TH: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What a block reads, and the streams after it returned y."""
     num, (norm_eps, eps, sweeps) = x_TNH.shape[1], SETTINGS
     pre, post, comb = plain_gates(x_TNH, fn, base, gain, norm_eps=norm_eps).split(
         [num, num, num * num]
     )
-    comb = comb.unflatten(0, (num, num)).softmax(1) + eps
+    comb = plain_sinkhorn(comb.unflatten(0, (num, num)).softmax(1) + eps, eps, sweeps)
     collapsed = torch.einsum("nt,tnh->th", pre.sigmoid() + eps, x_TNH)
-    return 2 * post.sigmoid(), plain_sinkhorn(comb, eps, sweeps), collapsed, x_TNH
+    kept = torch.einsum("jkt,tjh->tkh", comb, x_TNH)
+    return collapsed, kept + torch.einsum("kt,th->tkh", 2 * post.sigmoid(), y_TH)
 
 
-def plain_mix(x_TNH: Tensor, y_TH: Tensor, post_NT: Tensor, comb_NNT: Tensor) -> Tensor:
-    kept = torch.einsum("jkt,tjh->tkh", comb_NNT, x_TNH)
-    return kept + torch.einsum("kt,th->tkh", post_NT, y_TH)
+def run_connect(
+    x_TNH: Tensor, fn: Tensor, base: Tensor, gain: Tensor, y_TH: Tensor, *settings: Any
+) -> tuple[Tensor, Tensor]:
+    given: Any = settings or SETTINGS
+    collapsed, write = connect(x_TNH, fn, base, gain, *given)
+    return collapsed, write(y_TH)
 
 
 def assert_same_with_gradients(found: Any, wanted: Any, inputs: list[Tensor]) -> None:
@@ -88,20 +84,27 @@ def assert_same_with_gradients(found: Any, wanted: Any, inputs: list[Tensor]) ->
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_connect_equals_plain_autograd(shape: tuple[int, int, int]) -> None:
+@pytest.mark.parametrize("kept", [0, 99])
+def test_connect_equals_plain_autograd_whatever_the_streams_layout(
+    shape: tuple[int, int, int], kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hyper_connections, "KEPT", kept)
     p = draw(shape)
-    inputs = [p["x"], p["fn"], p["base"], p["gain"]]
-    found = Connect.apply(*inputs, *SETTINGS)
-    assert_same_with_gradients(found, plain_connect(*inputs), inputs)
+    inputs = [p["x"], p["fn"], p["base"], p["gain"], p["y"]]
+    assert_same_with_gradients(run_connect(*inputs), plain_connect(*inputs), inputs)
+    by_stream = p["x"].transpose(0, 1).contiguous().transpose(0, 1)
+    pairs = zip(run_connect(by_stream, *inputs[1:]), run_connect(*inputs), strict=True)
+    assert all(torch.allclose(a, b, atol=1e-13) for a, b in pairs)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_mix_equals_plain_autograd_whatever_the_streams_layout(shape: tuple[int, int, int]) -> None:
+def test_streams_that_share_their_memory_are_taken(shape: tuple[int, int, int]) -> None:
     p = draw(shape)
-    inputs = [p["x"], p["y"], p["post"], p["comb"]]
-    assert_same_with_gradients(mix(*inputs), plain_mix(*inputs), inputs)
-    by_stream = p["x"].transpose(0, 1).contiguous().transpose(0, 1)
-    assert torch.equal(mix(by_stream, *inputs[1:]), mix(*inputs))
+    one = p["x"][:, 0].detach().requires_grad_()
+    inputs = [one, p["fn"], p["base"], p["gain"], p["y"]]
+    same = one.unsqueeze(1).expand(-1, shape[1], -1)
+    found, wanted = (f(same, *inputs[1:]) for f in (run_connect, plain_connect))
+    assert_same_with_gradients(found, wanted, inputs)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -113,24 +116,11 @@ def test_the_head_equals_plain_autograd(shape: tuple[int, int, int]) -> None:
     assert_same_with_gradients(Head.apply(*inputs, 1e-6, 1e-3), wanted, inputs)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_the_pieces_equal_plain_autograd(shape: tuple[int, int, int]) -> None:
-    p = draw(shape)
-    comb = (p["comb"].softmax(1) + 1e-6).detach().requires_grad_()
-    found = Sinkhorn.apply(comb, 20, 1e-6)
-    assert_same_with_gradients(found, plain_sinkhorn(comb, 1e-6, 20), [comb])
-    inputs = [p["post"], p["x"]]
-    wanted = torch.einsum("nt,tnh->th", *inputs)
-    assert_same_with_gradients(Collapse.apply(*inputs), wanted, inputs)
-
-
 def test_gradcheck_in_float64() -> None:
     p = draw((3, 2, 3))
     check: Any = torch.autograd.gradcheck
-    assert check(
-        lambda *x: Connect.apply(*x, 1e-6, 1e-3, 4), (p["x"], p["fn"], p["base"], p["gain"])
-    )
-    assert check(mix, (p["x"], p["y"], p["post"], p["comb"]))
+    inputs = (p["x"], p["fn"], p["base"], p["gain"], p["y"])
+    assert check(lambda *x: run_connect(*x, 1e-6, 1e-3, 4), inputs)
     assert check(
         lambda *x: Head.apply(*x, 1e-6, 1e-3), (p["x"], p["fn"][:2], p["base"][:2], p["gain"][:1])
     )
@@ -149,10 +139,11 @@ def test_modules_equal_stocks() -> None:
     x = torch.randn(9, 4, 16, generator=torch.Generator().manual_seed(2))
     theirs, ours = make(stock.DeepseekV4HyperConnection), make(V4HyperConnection)
     post, comb, collapsed = theirs(x[None])
-    found = ours(x)
-    wanted = (post[0].T, comb[0].permute(1, 2, 0), collapsed[0], x)
-    for a, b in zip(found, wanted, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+    found, write = ours(x)
+    torch.testing.assert_close(found, collapsed[0], atol=1e-5, rtol=0)
+    y = torch.randn(9, 16, generator=torch.Generator().manual_seed(4))
+    wanted = torch.einsum("tjk,tjh->tkh", comb[0], x) + post[0].unsqueeze(-1) * y.unsqueeze(1)
+    torch.testing.assert_close(write(y), wanted, atol=1e-5, rtol=0)
     head, our_head = make(stock.DeepseekV4HyperHead), make(V4HyperHead)
     torch.testing.assert_close(our_head(x), head(x[None])[0], atol=1e-5, rtol=0)
     assert torch.equal(our_head(x), our_head(x[None])[0])
@@ -164,14 +155,15 @@ def test_coefficients_are_float32_under_autocast_and_for_bf16() -> None:
     wanted = module(x.float())
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = module(x)
-    assert torch.equal(found[0], wanted[0])
-    assert torch.equal(found[1], wanted[1])
-    assert found[2].dtype == torch.bfloat16
+    assert found[0].dtype == torch.bfloat16
+    assert torch.equal(found[0], wanted[0].bfloat16())
+    y = torch.zeros(9, 16)
+    torch.testing.assert_close(found[1](y), wanted[1](y).bfloat16(), atol=0.05, rtol=0.02)
 
 
 def test_no_tokens_give_zero_gradients() -> None:
     module = make(V4HyperConnection)
     x = torch.zeros(0, 4, 16, requires_grad=True)
-    post, comb, collapsed, x = module(x)
-    (mix(x, collapsed, post, comb).sum() + make(V4HyperHead)(x).sum()).backward()
+    collapsed, write = module(x)
+    (write(collapsed).sum() + make(V4HyperHead)(x).sum()).backward()
     assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in module.parameters())

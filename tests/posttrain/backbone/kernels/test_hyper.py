@@ -27,11 +27,21 @@ def draw(shape: tuple[int, int, int], device: torch.device, num_gates: int) -> l
     return [x.to(device) for x in parts]
 
 
+def written(module: Any) -> Any:
+    """A module's `connect`: what a block reads, and the streams after it gave that back."""
+
+    def through(*inputs: Any) -> list[Tensor]:
+        collapsed, write = module.connect(*inputs)
+        return [collapsed, write(collapsed)]
+
+    return through
+
+
 def run(function: Any, inputs: list[Tensor], *settings: float) -> list[Tensor]:
     """Results, and the gradients of a fixed weighting of them at all inputs."""
     leaves = [x.detach().requires_grad_() for x in inputs]
-    outs = function.apply(*leaves, *settings)
-    outs = [outs] if isinstance(outs, Tensor) else list(outs)
+    outs = function(*leaves, *settings)
+    outs = [outs] if isinstance(outs, Tensor) else outs
     generator = torch.Generator().manual_seed(1)
     grads = [torch.randn(out.shape, generator=generator).bfloat16().to(out) for out in outs]
     return [*(out.detach() for out in outs), *torch.autograd.grad(outs, leaves, grads)]
@@ -56,11 +66,11 @@ def test_connect_equals_the_torch_function_in_float64(
     x, *coefficients = draw(shape, device, shape[1] * (shape[1] + 2))
     inputs = [x.to(dtype), *coefficients]
     exact = [a.double() for a in inputs]
-    wanted = run(hyper_connections.Connect, exact, *SETTINGS)
-    found = run(kernel.Connect, inputs, *SETTINGS)
+    wanted = run(written(hyper_connections), exact, *SETTINGS)
+    found = run(written(kernel), inputs, *SETTINGS)
     compare(found, wanted, dtype, tolerance)
-    assert [a.dtype for a in found[2:5]] == [dtype] * 3  # collapsed, x, and its gradient
-    assert {a.dtype for a in found[:2] + found[5:]} == {torch.float32}
+    assert [a.dtype for a in found[:3]] == [dtype] * 3  # collapsed, streams, and x's gradient
+    assert {a.dtype for a in found[3:]} == {torch.float32}
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -70,19 +80,18 @@ def test_the_head_equals_the_torch_function_in_float64(
 ) -> None:
     x, fn, base, gain = draw(shape, device, shape[1])
     inputs = [x.to(dtype), fn, base, gain[:1]]
-    wanted = run(hyper_connections.Head, [a.double() for a in inputs], 1e-6, 1e-3)
-    compare(run(kernel.Head, inputs, 1e-6, 1e-3), wanted, dtype, tolerance)
+    wanted = run(hyper_connections.Head.apply, [a.double() for a in inputs], 1e-6, 1e-3)
+    compare(run(kernel.Head.apply, inputs, 1e-6, 1e-3), wanted, dtype, tolerance)
 
 
 def test_no_tokens_give_zero_gradients(device: torch.device) -> None:
-    for function, num_gates, settings in (
-        (kernel.Connect, 24, SETTINGS),
-        (kernel.Head, 4, SETTINGS[:2]),
+    for num_gates, num_gains, functions, settings in (
+        (24, 24, (written(kernel), written(hyper_connections)), SETTINGS),
+        (4, 1, (kernel.Head.apply, hyper_connections.Head.apply), SETTINGS[:2]),
     ):
         x, fn, base, gain = draw((0, 4, 16), device, num_gates)
-        inputs = [x, fn, base, gain[:1] if function is kernel.Head else gain]
-        found = run(function, inputs, *settings)
-        wanted = run(getattr(hyper_connections, function.__name__), inputs, *settings)
+        inputs = [x, fn, base, gain[:num_gains]]
+        found, wanted = (run(function, inputs, *settings) for function in functions)
         for a, b in zip(found, wanted, strict=True):
             assert torch.equal(a, b)
             assert a.dtype == b.dtype
@@ -90,13 +99,13 @@ def test_no_tokens_give_zero_gradients(device: torch.device) -> None:
 
 def test_streams_of_any_layout_are_taken(device: torch.device) -> None:
     x, *coefficients = draw((4, 3, 8), device, 15)
-    wanted = run(kernel.Connect, [x, *coefficients], *SETTINGS)
+    wanted = run(written(kernel), [x, *coefficients], *SETTINGS)
     by_stream = x.transpose(0, 1).contiguous().transpose(0, 1)
     for a, b in zip(
-        run(kernel.Connect, [by_stream, *coefficients], *SETTINGS), wanted, strict=True
+        run(written(kernel), [by_stream, *coefficients], *SETTINGS), wanted, strict=True
     ):
         assert torch.equal(a, b)
     same = x[:, :1].expand(-1, 3, -1)  # as the first layer gets them
-    wanted = run(kernel.Connect, [same.contiguous(), *coefficients], *SETTINGS)
-    for a, b in zip(run(kernel.Connect, [same, *coefficients], *SETTINGS), wanted, strict=True):
+    wanted = run(written(kernel), [same.contiguous(), *coefficients], *SETTINGS)
+    for a, b in zip(run(written(kernel), [same, *coefficients], *SETTINGS), wanted, strict=True):
         assert torch.equal(a, b)

@@ -8,7 +8,6 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from posttrain.backbone import hyper_connections
 from posttrain.backbone.kernels import mix as kernel
 
 SHAPES = [(3, 4, 8), (2, 4, 700), (5, 3, 33), (1, 2, 1)]  # T, N, H; 700: two blocks
@@ -85,13 +84,3 @@ def test_mix_equals_two_einsums(
     p = draw(shape, device)
     inputs = (p["x"].to(dtype), p["y"].to(dtype), p["post"], p["comb"])
     compare(kernel.mix, kernel.mix_reference, inputs, tolerance)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_it_takes_the_place_of_the_torch_function(dtype: torch.dtype, device: torch.device) -> None:
-    p = draw((3, 4, 16), device, seed=5)
-    inputs = (p["x"].to(dtype), p["y"], p["post"], p["comb"])
-    mixed = hyper_connections.mix(*(a.cpu() for a in inputs)).to(device)
-    found = kernel.mix(*inputs)
-    assert found.dtype == mixed.dtype
-    assert_near(found, mixed.double(), 1e-6 if dtype == torch.float32 else 2e-2)

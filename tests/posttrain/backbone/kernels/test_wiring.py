@@ -177,10 +177,10 @@ HYPER = ("hyper.project", "hyper.sinkhorn", "hyper.sinkhorn_backward", "hyper.ad
 def test_hyper_connections_in_a_training_step(device: torch.device, watch: Watch) -> None:
     model, ids = make(device), draw_ids(1, 5).to(device)
     wanted = run(model, ids)
-    calls = watch((*HYPER, "mix.mix"), "hyper_connections")
+    calls = watch((*HYPER, "hyper.mix"), "hyper_connections")
     compare(run(model, ids), wanted, 1e-3)  # the head's scale is one number, a sum that cancels
     # three layers' two connections, and the head's, which has no Sinkhorn
-    assert [calls.count(entry) for entry in (*HYPER, "mix.mix")] == [7, 6, 6, 7, 6]
+    assert [calls.count(entry) for entry in (*HYPER, "hyper.mix")] == [7, 6, 6, 7, 6]
 
 
 def test_hyper_connections_keep_float32_under_autocast(device: torch.device, watch: Watch) -> None:
@@ -190,9 +190,11 @@ def test_hyper_connections_keep_float32_under_autocast(device: torch.device, wat
     calls = watch(HYPER[1:2], "hyper_connections")
     with torch.autocast(device.type, dtype=torch.bfloat16):
         found = module(x)
-    for a, b in zip(found, wanted, strict=True):
+    y = torch.randn(5, 32, generator=seeded(9)).to(device)
+    pairs = ((found[0], wanted[0]), (found[1](y), wanted[1](y)))
+    for a, b in pairs:
         assert a.dtype == b.dtype
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-2)
+        torch.testing.assert_close(a, b, atol=0.05, rtol=1e-2)
     assert calls == ["hyper.sinkhorn"]
 
 
@@ -215,7 +217,7 @@ def test_every_kernel_in_one_training_step_with_checkpoints(
         return {"logits": output.logits.detach(), **grads}
 
     wanted = step()
-    entries = ("attend.attend", "attend.top_entries", *HYPER, "mix.mix", MXFP4[2])
+    entries = ("attend.attend", "attend.top_entries", *HYPER, "hyper.mix", MXFP4[2])
     calls = watch(entries, "attention", "fp4", "hyper_connections")
     found = step()
     compare(found, wanted, 1e-3)
@@ -234,6 +236,6 @@ def test_hyper_connections_in_a_decode_step(device: torch.device, watch: Watch) 
 
     watched: Calls = []
     wanted = hidden()
-    watched = watch((*HYPER[:2], "mix.mix"), "hyper_connections", "decode_hyper")
+    watched = watch((*HYPER[:2], "hyper.mix"), "hyper_connections", "decode_hyper")
     torch.testing.assert_close(hidden(), wanted, atol=2e-5, rtol=0)
-    assert [watched.count(entry) for entry in (*HYPER[:2], "mix.mix")] == [7, 6, 6]
+    assert [watched.count(entry) for entry in (*HYPER[:2], "hyper.mix")] == [7, 6, 6]
