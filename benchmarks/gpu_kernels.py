@@ -9,7 +9,7 @@ kernels     each against its torch reference: the error (the norm of the differe
             reference's) at small odd sizes in float32 and at V4-Flash's sizes in its dtypes, then
             milliseconds and peak memory at the latter
 steps       forward + backward and a decode step: with kernels, without, stock transformers
-tests       tests/posttrain/backbone/kernels on the device
+tests       tests/backbone/kernels on the device
 
 Times are medians of synchronised calls; memory is the peak above what was held before the call.
 """
@@ -80,7 +80,7 @@ def everything(limits: dict[str, int], page_path: Path) -> None:
 
 def command_of(part: str) -> list[str]:
     if part in TESTS:
-        folder = "tests/posttrain/backbone/kernels"
+        folder = "tests/backbone/kernels"
         options = ("-q", "--tb=line", "-W", "default", "-p", "no:cacheprovider", "-o", "addopts=")
         return [sys.executable, "-m", "pytest", *options, "--import-mode=importlib", folder]
     return [sys.executable, __file__, "--worker", part]

@@ -32,12 +32,14 @@ class V4DecoderLayer(stock.DeepseekV4DecoderLayer):
         self, x_TNH: Tensor, token_id_T: Tensor, context: Context | DecodeContext
     ) -> Tensor:
         """Streams (T, N, H) -> (T, N, H)."""
-        if isinstance(context, DecodeContext):
-            attend, connect = decode_attention, decode_hyper.connect
-        else:
-            attend, connect = V4Attention.__call__, V4HyperConnection.__call__
+        is_step = isinstance(context, DecodeContext)
+        connect = decode_hyper.connect if is_step else V4HyperConnection.__call__
         collapsed, write = connect(self.attn_hc, x_TNH)
-        x_TNH = write(attend(self.self_attn, self.input_layernorm(collapsed), context))
+        normed = self.input_layernorm(collapsed)
+        if isinstance(context, DecodeContext):
+            x_TNH = write(decode_attention(self.self_attn, normed, context))
+        else:
+            x_TNH = write(self.self_attn(normed, context))
         collapsed, write = connect(self.ffn_hc, x_TNH)
         normed = self.post_attention_layernorm(collapsed)
         x_TNH = write(self.mlp(normed, token_id_T, context))

@@ -2,7 +2,7 @@
 
 A file here imports triton; nothing else of the package does. So ask `use_kernels` first and import
 the kernel after. So far every kernel ran under triton's interpreter on CPU alone (triton 3.6,
-TRITON_INTERPRET=1, tests/posttrain/backbone/kernels) and was compiled, not run, for sm_80 and
+TRITON_INTERPRET=1, tests/backbone/kernels) and was compiled, not run, for sm_80 and
 sm_90; `benchmarks/gpu_kernels.py` runs and times them on a GPU.
 """
 

@@ -1,0 +1,120 @@
+"""What packed FP4 experts save: `python benchmarks/backbone_fp4.py`.
+
+A V4 of 109M parameters, nearly all of them experts, is written in the official layout (MXFP4
+experts, FP8 matrices) and by `save_pretrained` in bfloat16. Each form is then loaded in a process
+of its own: peak memory of loading, what is held after it, and the peak of a forward of 64 tokens,
+all above what the imports hold. The packed model's logits must be those of the unpacked one, bit
+for bit.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from backbone import machine, memory_mib
+
+from posttrain.backbone import V4ForCausalLM, official, preset_config
+
+Json = dict[str, Any]
+FORMS = (
+    "float32 saved by save_pretrained",
+    "official, unpacked to bfloat16",
+    "official, packed FP4",
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--page", type=Path, default=Path("docs/backbone-fp4.md"))
+    parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    if arguments.worker:
+        form, folder = arguments.worker
+        sys.stdout.write(json.dumps(measure(form, Path(folder))) + "\n")
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        write_model(Path(folder))
+        rows = [run_worker(form, folder) for form in FORMS]
+    if rows[1]["logits"] != rows[2]["logits"]:
+        raise SystemExit("packed and unpacked experts give different logits")
+    data: Json = {**machine(), "rows": [{**row, "logits": None} for row in rows]}
+    arguments.page.with_suffix(".json").write_text(json.dumps(data, indent=2) + "\n", "utf-8")
+    arguments.page.write_text(page(data), "utf-8")
+
+
+def write_model(folder: Path) -> None:
+    config = preset_config("tiny", vocab_size=512, bos_token_id=0, eos_token_id=1, pad_token_id=2)
+    config.update(
+        {
+            "hidden_size": 512,
+            "moe_intermediate_size": 512,
+            "n_routed_experts": 44,
+            "num_experts_per_tok": 4,
+        }
+    )
+    torch.manual_seed(0)
+    model = V4ForCausalLM(config)
+    official.save(model, folder / "official")
+    model.save_pretrained(folder / "float32")
+
+
+def run_worker(form: str, folder: str) -> Json:
+    command = [sys.executable, __file__, "--worker", form, folder]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, stdout=subprocess.PIPE, env=environment, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@torch.no_grad()
+def measure(form: str, folder: Path) -> Json:
+    """A row of the table."""
+    path = folder / ("float32" if form == FORMS[0] else "official")
+    base = memory_mib("VmRSS")
+    if form == FORMS[0]:
+        model: Any = V4ForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    else:
+        model = official.load(path, dtype=torch.bfloat16, keep_fp4=form == FORMS[2])
+    loaded, held = memory_mib("VmHWM") - base, memory_mib("VmRSS") - base
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # forget the peak so far
+    ids = torch.randint(3, 512, (1, 64), generator=torch.Generator().manual_seed(0))
+    logits = model(ids).logits
+    files = [file.stat().st_size for file in path.glob("*.safetensors")]
+    return {
+        "form": form,
+        "disk_mib": sum(files) / 2**20,
+        "load_mib": loaded,
+        "held_mib": held,
+        "forward_mib": memory_mib("VmHWM") - base,
+        "parameters": sum(x.numel() for x in model.parameters()),
+        "logits": logits.float().flatten().tolist()[:4096],
+    }
+
+
+def page(data: Json) -> str:
+    """The markdown page: where it was measured, and a table."""
+    versions = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
+    lines = [
+        "# Packed FP4 experts",
+        "",
+        f"{data['date']}, {data['cpu']}, one thread of {data['cores']}, {versions}. Written by "
+        "`benchmarks/backbone_fp4.py`, which says how. The logits of the last two rows are the "
+        "same bits.",
+        "",
+        "| form | files MiB | loading, peak MiB | held MiB | forward of 64 tokens, peak MiB |",
+        "|---|---|---|---|---|",
+    ]
+    for row in data["rows"]:
+        sizes = (row["disk_mib"], row["load_mib"], row["held_mib"], row["forward_mib"])
+        lines.append(f"| {row['form']} | {' | '.join(f'{size:.0f}' for size in sizes)} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
