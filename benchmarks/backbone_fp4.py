@@ -105,7 +105,7 @@ def page(data: Json) -> str:
         "",
         f"{data['date']}, {data['cpu']}, one thread of {data['cores']}, {versions}. Written by "
         "`benchmarks/backbone_fp4.py`, which says how. The logits of the last two rows are the "
-        "same bits.",
+        "same bits. `from_pretrained` maps its file: it is read by the first forward.",
         "",
         "| form | files MiB | loading, peak MiB | held MiB | forward of 64 tokens, peak MiB |",
         "|---|---|---|---|---|",
