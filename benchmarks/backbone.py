@@ -7,6 +7,7 @@ once the model was built. The indexer's loss is off, since stock has none.
 """
 
 import argparse
+import copy
 import json
 import os
 import platform
@@ -106,14 +107,23 @@ def main() -> None:
         *(LONG_ROWS if arguments.long else ()),
     )
     data: Json = {**machine(), "rows": []}
+    if arguments.only and arguments.json.exists():
+        data["rows"] = json.loads(arguments.json.read_text("utf-8"))["rows"]
     for row in rows:
         if arguments.only and arguments.only not in row.name:
             continue
         if row.tokens > arguments.stock_up_to:
             row = replace(row, has_stock=False)
-        data["rows"].append(measure(row))
+        put(data["rows"], measure(row))
         arguments.json.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
         arguments.page.write_text(page(data), encoding="utf-8")
+
+
+def put(rows: list[Json], found: Json) -> None:
+    """In the place of the row of that name, if there is one."""
+    names = [row["name"] for row in rows]
+    at = names.index(found["name"]) if found["name"] in names else len(rows)
+    rows[at : at + 1] = [found]
 
 
 def parse() -> argparse.Namespace:
@@ -122,7 +132,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="default: beside the page")
     parser.add_argument("--long", action="store_true", help="also ours alone at 16k to 64k tokens")
     parser.add_argument("--compiled", action="store_true", help="also the compiled decode step")
-    parser.add_argument("--only", default="", help="only the rows whose name has this in it")
+    parser.add_argument("--only", default="", help="measure the rows with this in their name alone")
     parser.add_argument(
         "--stock-up-to",
         type=int,
@@ -157,7 +167,8 @@ def machine() -> Json:
 
 def measure(row: Row) -> Json:
     """One row of the table: times in one process, then each model's peak in its own."""
-    found: Json = {**asdict(row), "name": row.name, **run_worker(row, "times")}
+    load = round(os.getloadavg()[0], 1)
+    found: Json = {**asdict(row), "name": row.name, "load": load, **run_worker(row, "times")}
     if row.kind == "train":
         models = ("ours", "quantised", *(("stock",) if row.has_stock else ()))
         found["peak_mib"] = {name: run_worker(row, name)["peak_mib"] for name in models}
@@ -232,10 +243,11 @@ def build(row: Row, name: str) -> Step:
     if name == "quantised":
         config.update({"fake_quantization": list(PARTS)})
     torch.manual_seed(0)
+    theirs = copy.deepcopy(config)  # a model writes into its config, how experts run among it
     model: Any = V4ForCausalLM(config)
     if name == "stock":
         weights = model.state_dict()
-        model = DeepseekV4ForCausalLM(config)
+        model = DeepseekV4ForCausalLM(theirs)
         model.load_state_dict(weights)
     elif row.recomputes:
         older = model.gradient_checkpointing_enable  # warns that it has a new name, where it has
@@ -311,14 +323,15 @@ def page(data: Json) -> str:
     lines = [
         "# The backbone against stock transformers",
         "",
-        f"{data['date']}, {data['cpu']}, one thread of {data['cores']}, load {data['load']} at the "
-        f"start, {versions}, fp32, same weights. Written by `benchmarks/backbone.py`, which says "
-        "how; ratios are of processor time. The last two columns: ours with all of serving's "
-        "rounding (fake_quant.py), and its memory over that without.",
+        f"{data['date']}, {data['cpu']}, one thread of {data['cores']}, "
+        f"{versions}, fp32, same weights. Written by `benchmarks/backbone.py`, which says "
+        "how; ratios are of processor time; the load is the machine's when the row began. The last "
+        "two columns: ours with all of serving's rounding (fake_quant.py), and its memory over "
+        "that without.",
         "",
-        "| step | stock s | ours s | ratio | target | ours wall s | stock MiB | ours MiB | ratio "
-        "| rounded MiB | ratio |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| step | load | stock s | ours s | ratio | target | ours wall s | stock MiB | ours MiB "
+        "| ratio | rounded MiB | ratio |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     return "\n".join([*lines, *(table_row(row) for row in data["rows"])]) + "\n"
 
@@ -328,6 +341,7 @@ def table_row(row: Json) -> str:
     return " | ".join(
         [
             f"| {row['name']}",
+            f"{row['load']:g}",
             number(seconds, "stock", ".4g"),
             number(seconds, "ours", ".4g"),
             ratio(seconds),

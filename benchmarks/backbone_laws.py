@@ -6,6 +6,7 @@ model, over all its tokens; it takes seconds, and writes `docs/backbone-laws.md`
 """
 
 import argparse
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -42,10 +43,11 @@ def main() -> None:
 def models() -> tuple[Any, Any]:
     config = preset_config("tiny", vocab_size=VOCAB, bos_token_id=0, eos_token_id=1, pad_token_id=2)
     torch.manual_seed(0)
+    theirs = copy.deepcopy(config)  # a model writes into its config
     ours = V4ForCausalLM(config)
     for parameter in ours.parameters():
         parameter.data += 0.05 * torch.randn_like(parameter)
-    stock = DeepseekV4ForCausalLM(config)
+    stock = DeepseekV4ForCausalLM(theirs)
     stock.load_state_dict(ours.state_dict())
     return ours, stock
 

@@ -1,6 +1,7 @@
 """Whole steps that `gpu_kernels.py` times on a GPU: ours with the kernels, ours without, and stock
 transformers, all with the same weights. The indexer's loss is off, since stock has none."""
 
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -70,11 +71,12 @@ class Step:
         """What makes a function that runs the step and gives its loss (in decode the mean logit),
         for "kernels", "torch" (the same, to be called without kernels) and "stock"."""
         config, is_train = make_config(self.model), self.kind == "train"
+        theirs_config = copy.deepcopy(config)  # a model writes into its config
         ids = torch.randint(3, VOCAB, (self.rows, self.tokens), device=device)
         model: Any = V4ForCausalLM(config).to(device, self.dtype)
 
         def stock() -> Run:
-            theirs: Any = DeepseekV4ForCausalLM(config).to(device, self.dtype)
+            theirs: Any = DeepseekV4ForCausalLM(theirs_config).to(device, self.dtype)
             theirs.load_state_dict(model.state_dict())
             return (train_step if is_train else stock_decode)(theirs, ids)
 

@@ -82,6 +82,7 @@ class Learner:
         for i, batch in enumerate(batch.to(self.mesh.device) for batch in batches):
             with self.mesh.accumulate(self.student, is_last=i == len(batches) - 1):
                 sums_DK += self._learn(batch, totals)
+        scale_own_losses(self.student, None)  # another trainer's of this model find it as it was
         grad_norm = self.mesh.clip_grad_norm(self.student, self.max_grad_norm)
         if not grad_norm.isfinite():
             raise FloatingPointError(

@@ -79,15 +79,16 @@ def scale_own_losses(model: Any, scale: float | Tensor | None) -> None:
     forward's tokens: a micro-batch's share of its step's tokens, so that they add up to the step's
     mean. None: 1 / n of the loop's n micro-batches (`step_share`), as a new model has it. Adapters
     and wrappers may be around it; a model without such losses stays as it is."""
-    bases = (module for module in model.modules() if hasattr(module, "auxiliary_scale"))
-    if base := next(bases, None):
-        base.auxiliary_scale = scale
+    for module in model.modules():
+        if "auxiliary_scale" in vars(module):  # a wrapper hands attributes on, to read alone
+            module.auxiliary_scale = scale
 
 
 def step_share(num_microbatches: int) -> float:
     """1 / n, with n what a Trainer said (`num_microbatches`) or what `accelerator.backward` divides
     by; never both: a Trainer sets accelerate's to 1, and a TRL loop that leaves the division to
-    accelerate may yet call the Trainer's callbacks."""
+    accelerate may yet call the Trainer's callbacks. Accelerate's n is of the process: a loop
+    without it, after one that accumulated with it, says its own share (`scale_own_losses`)."""
     from accelerate.state import GradientState  # for training alone
 
     return 1 / max(num_microbatches, GradientState().num_steps)
@@ -103,24 +104,26 @@ class ScaleOwnLosses(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         modules = kwargs["model"].modules()
-        self.bases = [module for module in modules if hasattr(module, "num_microbatches")]
+        self.bases = [module for module in modules if "num_microbatches" in vars(module)]
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """As the Trainer counts them: an epoch's last step may have fewer."""
+        """As the Trainer counts them: an epoch's last step may have fewer, which a loader without
+        a length does not tell. Under fp16 the losses are scaled as the trainer's own is."""
         number = args.gradient_accumulation_steps
         loader = kwargs.get("train_dataloader")
         if has_length(loader):
             num_full, num_left = divmod(len(loader), number)
             if num_left and state.global_step % (num_full + 1) == num_full:
                 number = num_left
-        self._tell(number)
+        scaler = getattr(kwargs.get("optimizer"), "scaler", None)
+        self._tell(number, 1.0 if scaler is None else scaler.get_scale())
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._tell(1)
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._tell(1, 1.0)  # here, not at the end of training, which an error may keep from coming
 
-    def _tell(self, number: int) -> None:
+    def _tell(self, number: int, factor: float) -> None:
         for base in self.bases:
-            base.num_microbatches = number
+            base.num_microbatches, base.loss_factor = number, factor
 
 
 def join_trainers() -> None:

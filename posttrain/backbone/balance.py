@@ -131,7 +131,7 @@ def metered(model: nn.Module) -> list[Any]:
     """The modules with a `load_meter` in whatever wraps them, none of which holds another.
 
     Raises ValueError: there is none."""
-    found = [module for module in model.modules() if hasattr(module, "load_meter")]
+    found = [module for module in model.modules() if "load_meter" in vars(module)]
     if not found:
         raise ValueError(
             f"BalanceExperts needs a V4, whose `load_meter` counts tokens by expert; {type(model)} "

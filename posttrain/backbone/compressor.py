@@ -18,8 +18,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from posttrain.backbone.function import plain_backward
 from posttrain.backbone.rope import rotate
 
 
@@ -47,7 +47,7 @@ class Pool(torch.autograd.Function):
         return pooled_DEC
 
     @staticmethod
-    @once_differentiable
+    @plain_backward
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         kv_DLX, gate_DLX, bias_mX, pooled_DEC = ctx.saved_tensors
         kv, weight = windows(kv_DLX, gate_DLX, bias_mX, is_overlapped=ctx.is_overlapped)

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from transformers.models.deepseek_v4 import DeepseekV4Config
 from transformers.models.deepseek_v4 import modeling_deepseek_v4 as stock
 from transformers.utils.generic import maybe_autocast
@@ -22,6 +21,7 @@ from transformers.utils.generic import maybe_autocast
 from posttrain.backbone.balance import attach_balance
 from posttrain.backbone.fake_quant import rounds
 from posttrain.backbone.fp4 import fake_fp8_activation, fake_mxfp4
+from posttrain.backbone.function import plain_backward
 from posttrain.backbone.routing import RouteTape, route
 
 grouped_mm: Any = getattr(F, "grouped_mm", None) or vars(torch)["_grouped_mm"]  # before 2.10
@@ -101,7 +101,7 @@ class V4SparseMoeBlock(stock.DeepseekV4SparseMoeBlock):
 
     def forward(self, x_TH: Tensor, token_id_T: Tensor, context: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """x (T, H), token ids (T,) for hash layers -> (T, H), the balance loss attached where it
-        is wanted. `context` is the forward's; one decode step's has neither tape nor losses."""
+        is wanted. `context` is the forward's; one decode step's has no losses."""
         tape: RouteTape | None = getattr(context, "tape", None)
         replay_Tk = tape.replay(self.layer_idx) if tape else None
         routes = route(self.gate, x_TH, token_id_T, is_hash=self.is_hash, replay_Tk=replay_Tk)
@@ -155,12 +155,12 @@ def routed(
     expert_R, order_R = expert_Tk.flatten().sort(stable=True)
     groups = Groups(expert_R, len(gate_up_EJH))
     token_R = order_R // expert_Tk.shape[1]
-    used = served(gate_up_EJH, x_TH, serving)
-    gate_up_RJ = groups.times(x_TH.index_select(0, token_R), used.mT)
+    gate_up = rounded(gate_up_EJH, x_TH, serving)
+    gate_up_RJ = groups.times(x_TH.index_select(0, token_R), gate_up.mT)
     gate_RI, up_RI = gate_up_RJ.chunk(2, dim=1)
     hidden_RI = swiglu(gate_RI, up_RI, serving.limit).mul_(_column(weight_Tk, order_R))
     hidden_RI = fake_fp8_activation(hidden_RI) if serving.rounds_inputs else hidden_RI
-    out_RH = groups.times(hidden_RI, served(down_EHI, x_TH, serving).mT)
+    out_RH = groups.times(hidden_RI, rounded(down_EHI, x_TH, serving).mT)
     return _sum_by_token(out_RH, order_R, expert_Tk.shape), groups, order_R, gate_up_RJ
 
 
@@ -188,7 +188,7 @@ class RoutedExperts(torch.autograd.Function):
         return out_TH
 
     @staticmethod
-    @once_differentiable
+    @plain_backward
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x_TH, weight_Tk, gate_up_EJH, down_EHI, order_R, gate_up_RJ = ctx.saved_tensors
         groups, serving, shape = ctx.groups, ctx.serving, weight_Tk.shape
@@ -196,8 +196,8 @@ class RoutedExperts(torch.autograd.Function):
         grad_RH, weight_R1 = grads[0].index_select(0, token_R), _column(weight_Tk, order_R)
         gate_RI, up_RI = gate_up_RJ.chunk(2, dim=1)
         hidden_RI = swiglu(gate_RI, up_RI, serving.limit)
-        grad_hidden_RI = groups.times(grad_RH, served(down_EHI, x_TH, serving))
-        grad_weight_R = (grad_hidden_RI * hidden_RI).sum(-1).to(weight_Tk.dtype)
+        grad_hidden_RI = groups.times(grad_RH, rounded(down_EHI, x_TH, serving))
+        grad_weight_R = (grad_hidden_RI * hidden_RI).sum(-1, dtype=weight_Tk.dtype)
         hidden_RI.mul_(weight_R1)
         hidden_RI = fake_fp8_activation(hidden_RI) if serving.rounds_inputs else hidden_RI
         grad_down_EHI = groups.outer(grad_RH, hidden_RI) if ctx.needs_input_grad[3] else None
@@ -209,15 +209,15 @@ class RoutedExperts(torch.autograd.Function):
         grad_gate_up_EJH = None
         if ctx.needs_input_grad[2]:
             grad_gate_up_EJH = groups.outer(grad_RJ, x_TH.index_select(0, token_R))
-        grad_RH = groups.times(grad_RJ, served(gate_up_EJH, x_TH, serving))
+        grad_RH = groups.times(grad_RJ, rounded(gate_up_EJH, x_TH, serving))
         grad_x_TH = _sum_by_token(grad_RH, order_R, shape)
         grad_weight_Tk = torch.empty_like(grad_weight_R).scatter_(0, order_R, grad_weight_R)
         grad_weight_Tk = grad_weight_Tk.view(shape)
         return grad_x_TH, grad_weight_Tk, grad_gate_up_EJH, grad_down_EHI, None, None
 
 
-def served(weight_EAB: Tensor, x_TH: Tensor, serving: Serving) -> Tensor:
-    """The weights that x meets. Rounded ones are formed again in the backward: those of all layers
+def rounded(weight_EAB: Tensor, x_TH: Tensor, serving: Serving) -> Tensor:
+    """The weights that x meets; rounded ones are formed again in the backward: those of all layers
     together are as large as the masters."""
     return fake_mxfp4(weight_EAB).to(x_TH.dtype) if serving.rounds_weights else weight_EAB
 
@@ -288,7 +288,7 @@ class SwiGLU(torch.autograd.Function):
         return swiglu(gate, up, limit)
 
     @staticmethod
-    @once_differentiable
+    @plain_backward
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         gate, up = ctx.saved_tensors
         out = torch.empty_like(gate), torch.empty_like(up)

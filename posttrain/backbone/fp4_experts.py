@@ -84,7 +84,6 @@ class UsedExperts:
     """(U, H, J / 2)."""
     num_experts: int
     limit: float
-    act_fn: Any
 
 
 class PackedExperts(nn.Module):
@@ -97,7 +96,6 @@ class PackedExperts(nn.Module):
         self.config = getattr(experts, "config", None)
         self.num_experts: int = experts.num_experts
         self.limit: float = experts.limit
-        self.act_fn: Any = experts.act_fn
         self.gate_up = _room(experts.gate_up_proj)
         self.down = _room(experts.down_proj)
 
@@ -126,7 +124,7 @@ class PackedExperts(nn.Module):
             name_U, place_Tk = expert_Tk.unique(return_inverse=True)
             names = name_U.tolist() or [0]  # without tokens, one to have a shape
         gate_up, down = self.gate_up.some(names), self.down.some(names)
-        return UsedExperts(gate_up, down, len(names), self.limit, self.act_fn), place_Tk
+        return UsedExperts(gate_up, down, len(names), self.limit), place_Tk
 
     def _all_names(self) -> Iterable[int] | Tensor:
         codes = self.gate_up.codes

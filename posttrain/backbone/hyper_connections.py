@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from transformers.models.deepseek_v4 import modeling_deepseek_v4 as stock
 from transformers.utils.generic import maybe_autocast
 
+from posttrain.backbone.function import plain_backward
 from posttrain.backbone.kernels import use_kernels
 
 KEPT = 4096
@@ -86,7 +86,7 @@ class Connect(torch.autograd.Function):
         return kept_NTH, 2 * gate_GT[num:], collapsed_TH.to(x_TNH.dtype)
 
     @staticmethod
-    @once_differentiable
+    @plain_backward
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x_TNH, fn_CX, base_C, gain_C, raw_CT, scale_T, *saved = ctx.saved_tensors
         num, x_wide = x_TNH.shape[1], wide(x_TNH)
@@ -179,7 +179,7 @@ class Write(torch.autograd.Function):
         return kept_NTH.addcmul_(post_NT.unsqueeze(-1), y_TH)
 
     @staticmethod
-    @once_differentiable
+    @plain_backward
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
         y_TH, post_NT = ctx.saved_tensors
         grad_TNH = grads[0].transpose(0, 1)
@@ -226,7 +226,7 @@ class Head(torch.autograd.Function):
         return weighted_sum(gate_NT + eps, x_wide).to(x_TNH.dtype)
 
     @staticmethod
-    @once_differentiable
+    @plain_backward
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x_TNH, fn_NX, gain_1, raw_NT, scale_T, gate_NT = ctx.saved_tensors
         grad_TH, x_wide = wide(grads[0]), wide(x_TNH)

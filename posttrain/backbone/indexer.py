@@ -48,10 +48,6 @@ class Index:
             blocks = self.key[:, :num_entries].split(BLOCK, dim=1)
             return torch.cat([weigh(query, block, weight) for block in blocks], dim=-1)
 
-    def chosen_scores(self, first: int, end: int, key: Tensor) -> Tensor:
-        """(D, Q, K) of the keys (D, K, c) or (D, Q, K, c), with gradients."""
-        return weigh(self.query[:, first:end], key, self.weight[:, first:end])
-
     def zero_gradients(self) -> list[Tensor]:
         """Where the gradients of query, key and weight are gathered."""
         return [torch.zeros_like(x) for x in (self.query, self.key, self.weight)]

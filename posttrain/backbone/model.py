@@ -59,8 +59,9 @@ class V4Model(V4PreTrainedModel, stock.DeepseekV4Model):
         """The gradient of the model's own losses, each a mean over a forward's tokens: a loop may
         set it to this micro-batch's share of the step's tokens. None: 1 / `num_microbatches`, or
         what accelerate divides by."""
-        self.num_microbatches = 1
-        """How many forwards make a step of a Trainer (auxiliary.ScaleOwnLosses)."""
+        self.num_microbatches, self.loss_factor = 1, 1.0
+        """How many forwards make a step of a Trainer, and what it multiplies losses by under fp16
+        (auxiliary.ScaleOwnLosses)."""
         self.causal: Callable[[], V4ForCausalLM | None] | None = None
         """The model that this is the base of, whose block and head the loss of multi-token
         prediction needs. Weak: a cycle would keep both in memory until they are collected."""
@@ -179,7 +180,8 @@ class V4Model(V4PreTrainedModel, stock.DeepseekV4Model):
         if not (weight and self.training and torch.is_grad_enabled() and cache is None):
             return None
         share = self.auxiliary_scale
-        return weight * (step_share(self.num_microbatches) if share is None else share)
+        own = step_share(self.num_microbatches) * self.loss_factor
+        return weight * (own if share is None else share)
 
     def _foretelling(
         self, hidden_TH: Tensor, x_TNH: Tensor, token_id_T: Tensor | None, context: Context

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from transformers.models.deepseek_v4 import modeling_deepseek_v4 as stock
+
+from posttrain.backbone.function import plain_backward
 
 
 class RMSNorm(torch.autograd.Function):
@@ -24,7 +25,7 @@ class RMSNorm(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @plain_backward
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight_C, scale = ctx.saved_tensors
         wide, grad = x.to(scale.dtype), grads[0].to(scale.dtype)

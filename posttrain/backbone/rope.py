@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from posttrain.backbone.function import plain_backward
 from posttrain.backbone.norm import inverse_rms
 
 
@@ -33,7 +33,7 @@ class Rotate(torch.autograd.Function):
         return turned(x, rotation)
 
     @staticmethod
-    @once_differentiable
+    @plain_backward
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (rotation,) = ctx.saved_tensors
         return turned(grads[0], rotation.conj()), None
@@ -51,10 +51,11 @@ class NormAndRotate(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @plain_backward
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         out, scale, rotation = ctx.saved_tensors
-        normed = turned(out.to(scale.dtype), rotation.reciprocal())
+        back = rotation.to(torch.promote_types(scale.dtype, torch.complex64)).reciprocal()
+        normed = turned(out.to(scale.dtype), back)
         grad_x = turned(grads[0].to(scale.dtype), rotation.conj())
         along = (grad_x * normed).mean(-1, keepdim=True)
         return grad_x.addcmul_(normed, along, value=-1).mul_(scale).to(out.dtype), None, None

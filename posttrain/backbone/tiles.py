@@ -22,11 +22,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from transformers.utils.generic import maybe_autocast
 
 from posttrain.backbone import indexer
-from posttrain.backbone.visible import Chosen, Layout, Tile, compact, restored, tiles
+from posttrain.backbone.function import plain_backward
+from posttrain.backbone.visible import Chosen, Layout, Place, Tile, compact, restored, tiles
 
 __all__ = ["Chosen", "Layout", "Tile", "attend", "form_loss"]
 
@@ -57,7 +57,7 @@ def attend(
     size = min(TILE, max(16, TILE_ROWS // max(docs * heads, 1)))
     entry = window_DJd.new_zeros(docs, 0, window_DJd.shape[-1]) if entry_DEd is None else entry_DEd
     parts = (index.query, index.key, index.weight) if index else (None, None, None)
-    plan = _Plan(layout, size, scale, index)
+    plan = _Plan(layout, size, scale, index, length <= KEPT and torch.is_grad_enabled())
     with maybe_autocast(device_type=q_DLhd.device.type, enabled=False):
         out, loss = TiledAttention.apply(q_DLhd, window_DJd, entry, sink_h, *parts, plan)  # pyright: ignore[reportGeneralTypeIssues]
     return out, loss if index is not None and index.wants_loss else None
@@ -69,10 +69,11 @@ class _Plan:
     size: int
     scale: float
     index: indexer.Index | None
+    keeps_weights: bool
 
 
 class TiledAttention(torch.autograd.Function):
-    """`attend`; saves its inputs and which entries were chosen."""
+    """`attend`; saves its inputs, which entries were chosen, and short rows' weights."""
 
     @staticmethod
     def forward(
@@ -90,7 +91,9 @@ class TiledAttention(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=q_DLhd.device)
         grads = index.zero_gradients() if index is not None and index.wants_loss else None
         length, num_entries = q_DLhd.shape[1], entry_DEd.shape[1]
-        ctx.tiles, ctx.weights = [], []
+        places: list[Place] = []
+        chosen: list[Tensor | None] = []
+        kept: list[Tensor | None] = []
         for tile in tiles(layout, length, plan.size, num_entries, index):
             keys = keys_of(tile, window_DJd, entry_DEd)
             query = scaled(q_DLhd[:, tile.first : tile.end], plan.scale)
@@ -100,29 +103,37 @@ class TiledAttention(torch.autograd.Function):
                 share = entry_shares(weight, keys, tile)
                 has_query = layout.has_query(tile.first, tile.end)
                 total += form_loss(index, tile, share, has_query, grads)
-            ctx.tiles.append(compact(tile))
-            ctx.weights.append(weight if length <= KEPT else None)
-        ctx.save_for_backward(q_DLhd, window_DJd, entry_DEd, sink_h, *(grads or ()))
-        ctx.plan, ctx.has_loss = plan, grads is not None
+            place, entries = compact(tile)
+            places.append(place)
+            chosen.append(entries)
+            kept.append(weight if plan.keeps_weights else None)
+        # so alone checkpoints and the end of the backward let go of them
+        inputs = q_DLhd, window_DJd, entry_DEd, sink_h
+        ctx.save_for_backward(*inputs, *(grads or ()), *chosen, *kept)
+        ctx.places, ctx.layout, ctx.scale = places, layout, plan.scale
+        ctx.has_loss = grads is not None
         return out, total
 
     @staticmethod
-    @once_differentiable
+    @plain_backward
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        q_DLhd, window_DJd, entry_DEd, sink_h, *formed = ctx.saved_tensors
+        q_DLhd, window_DJd, entry_DEd, sink_h, *saved = ctx.saved_tensors
+        num = 3 if ctx.has_loss else 0
+        formed, per_tile = saved[:num], iter(saved[num:])
+        chosen = [next(per_tile) for _ in ctx.places]
         grad_out, grad_loss = upstream
         grad_q, wide = torch.empty_like(q_DLhd), wide_type(q_DLhd)
         grad_window, grad_entry, grad_sink = (
             torch.zeros_like(x, dtype=wide) for x in (window_DJd, entry_DEd, sink_h)
         )
-        for kept, weight in zip(ctx.tiles, ctx.weights, strict=True):
-            tile = restored(kept, ctx.plan.layout)
+        for place, entries, weight in zip(ctx.places, chosen, per_tile, strict=True):
+            tile = restored(place, entries, ctx.layout)
             keys = keys_of(tile, window_DJd, entry_DEd)
-            query = scaled(q_DLhd[:, tile.first : tile.end], ctx.plan.scale)
+            query = scaled(q_DLhd[:, tile.first : tile.end], ctx.scale)
             weight = weights(query, keys, tile, sink_h) if weight is None else weight
             upstream_DQhd = grad_out[:, tile.first : tile.end].to(wide)
             slope = softmax_gradient(weight, upstream_DQhd, keys)
-            grad_q[:, tile.first : tile.end] = combined(slope, keys).mul_(ctx.plan.scale)
+            grad_q[:, tile.first : tile.end] = combined(slope, keys).mul_(ctx.scale)
             grad_keys = key_gradients(weight, upstream_DQhd, slope, query, keys)
             add_to_keys(tile, grad_keys, grad_window, grad_entry)
             grad_sink += slope[..., keys[0].shape[1] - 1].sum((0, 1))

@@ -144,33 +144,33 @@ def tiles(
         yield Tile(first, end, layout.window_range(first, end), mask, chosen)
 
 
-Kept = tuple[int, int, "int | Tensor | None"]
-"""A tile's place, and of its entries: how many if all, a mask, or their numbers, -1 for none."""
+Place = tuple[int, int, "int | None"]
+"""A tile's first and last query, and how many entries it sees where it attends to all of them."""
 
 
-def compact(tile: Tile) -> Kept:
-    """A tile in few bytes, from forward to backward."""
+def compact(tile: Tile) -> tuple[Place, Tensor | None]:
+    """A tile in few bytes, from forward to backward: its place, and of chosen entries a mask or
+    their numbers, -1 for none."""
     chosen = tile.chosen
     if chosen is None:
-        return tile.first, tile.end, None
+        return (tile.first, tile.end, None), None
     if chosen.is_all:
-        return tile.first, tile.end, chosen.mask.shape[-1]
+        return (tile.first, tile.end, chosen.mask.shape[-1]), None
     if chosen.index_DQK is None:
-        return tile.first, tile.end, chosen.mask
+        return (tile.first, tile.end, None), chosen.mask
     number = chosen.index_DQK.masked_fill(~chosen.mask, -1)
-    return tile.first, tile.end, number.to(torch.int32)
+    return (tile.first, tile.end, None), number.to(torch.int32)
 
 
-def restored(kept: Kept, layout: Layout) -> Tile:
+def restored(place: Place, entries: Tensor | None, layout: Layout) -> Tile:
     """The tile that `compact` was given."""
-    first, end, entries = kept
-    if entries is None:
-        chosen = None
-    elif isinstance(entries, int):
-        chosen = Chosen(layout.entry_mask(first, end, entries), is_all=True)
-    elif entries.dtype == torch.bool:
+    first, end, count = place
+    chosen = None
+    if count is not None:
+        chosen = Chosen(layout.entry_mask(first, end, count), is_all=True)
+    elif entries is not None and entries.dtype == torch.bool:
         chosen = Chosen(entries)
-    else:
+    elif entries is not None:
         chosen = Chosen(entries >= 0, entries.long().clamp_(min=0))
     mask = layout.window_mask(first, end)
     return Tile(first, end, layout.window_range(first, end), mask, chosen)

@@ -159,3 +159,40 @@ def test_evaluation_and_frozen_embeddings(model: V4ForCausalLM) -> None:
     with torch.no_grad():
         training = model(ids, attention_mask=mask).logits
         assert torch.equal(model.eval()(ids, attention_mask=mask).logits, training)
+
+
+def test_a_backward_under_autocast_is_that_outside() -> None:
+    model, ids = small_model(), torch.arange(3, 33)[None]
+    found: list[dict[str, Tensor]] = []
+    for is_inside in (False, True):
+        model.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = model(ids, labels=ids).loss
+            if is_inside:
+                loss.backward()
+        if not is_inside:
+            loss.backward()
+        found.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys()
+    for name, gradient in found[0].items():
+        atol = 0.05 * float(gradient.abs().max()) + 1e-6
+        torch.testing.assert_close(found[1][name], gradient, rtol=0.05, atol=atol, msg=name)
+
+
+def test_nothing_is_kept_once_the_backward_is_through() -> None:
+    """A loss that is still held keeps no activation of the attention's."""
+    model, ids = small_model(), torch.arange(3, 61).repeat(2)[None]
+    loss = model(ids, labels=ids).loss
+    loss.backward()
+    seen: set[Any] = set()
+    nodes: list[Any] = [loss.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node in seen or node is None:
+            continue
+        seen.add(node)
+        nodes += [next_node for next_node, _ in node.next_functions]
+    kept = [value for node in seen for value in getattr(node, "__dict__", {}).values()]
+    kept = [item for value in kept for item in (value if isinstance(value, list) else [value])]
+    assert len(seen) > 50
+    assert not [item for item in kept if isinstance(item, Tensor)]

@@ -5,6 +5,7 @@ An indexer learns from its own loss alone, so its gradient shows the share by it
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -319,6 +320,33 @@ def test_adapters_and_what_merely_holds_a_model_are_told_too(
         callback.on_train_begin(args, state, None, model=holder)
         callback.on_step_begin(args, state, None, model=holder)
         numbers.append(model.model.num_microbatches)
-        callback.on_train_end(args, state, None, model=holder)
+        callback.on_step_end(args, state, None, model=holder)
         numbers.append(model.model.num_microbatches)
     assert numbers == [4, 1, 1, 1]
+
+
+def test_under_fp16_they_are_scaled_as_the_loss_is(
+    start: Path, documents: list[Tensor], tmp_path: Path
+) -> None:
+    model, callback = load(start).train(), ScaleOwnLosses()
+    args = TrainingArguments(**options(tmp_path, 1))
+
+    def backward(**optimizer: Any) -> dict[str, Tensor]:
+        model.zero_grad()
+        callback.on_train_begin(args, None, None, model=model)
+        callback.on_step_begin(args, None, None, model=model, **optimizer)
+        (0.0 * model.model(documents[0][None]).last_hidden_state.sum()).backward()
+        callback.on_step_end(args, None, None, model=model)
+        return indexers(gradients_of(model))
+
+    scaled = backward(optimizer=SimpleNamespace(scaler=SimpleNamespace(get_scale=lambda: 8.0)))
+    wanted = {name: 8.0 * gradient for name, gradient in backward().items()}
+    assert_same(scaled, wanted)
+
+
+def test_a_wrapper_that_hands_attributes_on_is_looked_through(start: Path) -> None:
+    base = load(start).model
+    wrapped: Any = get_peft_model(base, LoraConfig(target_modules=["q_a_proj"]))
+    scale_own_losses(wrapped, 0.25)
+    assert base.auxiliary_scale == 0.25
+    assert "auxiliary_scale" not in vars(wrapped)

@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from posttrain.backbone.function import plain_backward
 from posttrain.backbone.kernels.mix import add_streams, collapse, dots, mix
 from posttrain.backbone.kernels.sinkhorn import sinkhorn, sinkhorn_backward
 
@@ -69,8 +69,8 @@ class Connect(torch.autograd.Function):
         return 2 * gate_GT[num:], comb_NNT, collapsed_TH, x_TNH.view_as(x_TNH)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]  # once_differentiable's type
+    @plain_backward
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]  # plain_backward's type
         x_TNH, fn_CX, gain_C, raw_CT, scale_T, gate_GT, soft_NNT = ctx.saved_tensors
         grad_post_NT, grad_comb_NNT, grad_TH, passed_TNH = grads
         num = x_TNH.shape[1]
@@ -109,8 +109,8 @@ class Head(torch.autograd.Function):
         return collapse(gate_NT + eps, x_TNH)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]  # once_differentiable's type
+    @plain_backward
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]  # plain_backward's type
         x_TNH, fn_NX, gain_1, raw_NT, scale_T, gate_NT = ctx.saved_tensors
         grad_NT = dots(x_TNH, grads[0]).mul_(gate_NT * (1 - gate_NT))
         grad_base_N, grad_gain_1 = grad_NT.sum(1), (grad_NT * raw_NT).sum().view(1)

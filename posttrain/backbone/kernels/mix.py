@@ -21,8 +21,8 @@ from typing import Any
 import torch
 import triton.language as tl  # pyright: ignore[reportMissingImports]  # optional: see kernels/__init__.py
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from posttrain.backbone.function import plain_backward
 from posttrain.backbone.kernels.launch import jit, power_of_two
 
 
@@ -72,7 +72,7 @@ def add_streams(
 
 def mix(x_TNH: Tensor, y_TH: Tensor, post_NT: Tensor, comb_NNT: Tensor) -> Tensor:
     """(T, N, H) in x's dtype from streams x, a block's output y (T, H), post (N, T) and comb
-    (N, N, T), whose sums are float32: `hyper_connections.mix` on the GPU."""
+    (N, N, T), whose sums are float32: what hyper_connections' Connect keeps, and Write, in one."""
     return Mix.apply(x_TNH, y_TH.to(x_TNH.dtype), post_NT.float(), comb_NNT.float())  # pyright: ignore[reportReturnType]  # apply has no types
 
 
@@ -89,8 +89,8 @@ class Mix(torch.autograd.Function):
         return out_TNH
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]  # once_differentiable's type
+    @plain_backward
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]  # plain_backward's type
         inputs: tuple[Tensor, ...] = ctx.saved_tensors
         outputs = tuple(torch.empty_like(x) for x in inputs)
         with torch.cuda.device_of(inputs[0]):

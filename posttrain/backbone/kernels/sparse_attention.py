@@ -26,8 +26,8 @@ from typing import Any
 import torch
 import triton.language as tl  # pyright: ignore[reportMissingImports]  # optional: see kernels/__init__.py
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from posttrain.backbone.function import plain_backward
 from posttrain.backbone.kernels.launch import ceil_div, dot_type, jit, power_of_two
 
 PAIR_BYTES = 256 * 2**20
@@ -100,8 +100,8 @@ class SparseAttention(torch.autograd.Function):
         return out_Thd, logsumexp_Th
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]  # once_differentiable's type
+    @plain_backward
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]  # plain_backward's type
         q_Thd, pool_Pd, index_TK, sink_h, out_Thd, logsumexp_Th = ctx.saved_tensors
         grad_Thd = grads[0].to(q_Thd.dtype).contiguous()
         # d loss / d score = p (grad . key - delta), for keys and sink alike

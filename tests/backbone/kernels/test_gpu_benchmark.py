@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 
 from posttrain.backbone import kernels
 
-BENCHMARKS = Path(__file__).resolve().parents[4] / "benchmarks"
+BENCHMARKS = Path(__file__).resolve().parents[3] / "benchmarks"
 
 
 @pytest.fixture
