@@ -21,6 +21,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from threading import Semaphore, Thread
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import transformers
@@ -35,7 +36,7 @@ from posttrain.tokenizer import build_tokenizer
 
 Json = dict[str, Any]
 Step = Callable[[], object]
-PRESETS["long"] = {  # hidden 256, 8 heads of 64, window 128, CSA 4 top-512, HCA 128
+LONG = {  # hidden 256, 8 heads of 64, window 128, CSA 4 top-512, HCA 128
     **PRESETS["tiny"],
     "hidden_size": 256,
     "moe_intermediate_size": 128,
@@ -231,14 +232,15 @@ def memory_mib(field: str) -> float:
 def build(row: Row, name: str) -> Step:
     """A step of "ours" or "stock" with the same weights and inputs: a function to call."""
     tokenizer: Any = build_tokenizer()
-    make_config: Any = preset_config  # "long" is known here alone
-    config = make_config(
-        "long" if row.is_long else "tiny",
-        vocab_size=len(tokenizer),
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    make_config: Any = preset_config
+    with patch.dict(PRESETS, {"long": LONG}):  # known here alone
+        config = make_config(
+            "long" if row.is_long else "tiny",
+            vocab_size=len(tokenizer),
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
     config.update({"indexer_loss_weight": 0.0})
     if name == "quantised":
         config.update({"fake_quantization": list(PARTS)})

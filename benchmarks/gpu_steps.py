@@ -5,6 +5,7 @@ import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from posttrain.backbone.presets import CSA, HCA, PRESETS
 Run = Callable[[], float]
 VOCAB = 1024
 
-PRESETS["long"] = {  # as in backbone.py
+LONG = {  # as in backbone.py
     **PRESETS["tiny"],
     "hidden_size": 256,
     "moe_intermediate_size": 128,
@@ -28,8 +29,8 @@ PRESETS["long"] = {  # as in backbone.py
     "compress_rates": {CSA: 4, HCA: 128},
     "max_position_embeddings": 131072,
 }
-PRESETS["flash"] = {  # two layers of V4-Flash with an eighth of its experts
-    **PRESETS["long"],
+FLASH = {  # two layers of V4-Flash with an eighth of its experts
+    **LONG,
     "hidden_size": 4096,
     "moe_intermediate_size": 2048,
     "layer_types": [CSA, HCA],
@@ -112,8 +113,9 @@ def steps(part: str) -> list[Step]:
 
 
 def make_config(preset: str) -> DeepseekV4Config:
-    make: Any = preset_config  # two of the presets are known here alone
-    config = make(preset, vocab_size=VOCAB, bos_token_id=0, eos_token_id=1, pad_token_id=2)
+    make: Any = preset_config
+    with patch.dict(PRESETS, {"long": LONG, "flash": FLASH}):  # known here alone
+        config = make(preset, vocab_size=VOCAB, bos_token_id=0, eos_token_id=1, pad_token_id=2)
     config.update({"indexer_loss_weight": 0.0})
     return config
 
