@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.models.deepseek_v4 import modeling_deepseek_v4 as stock
 
-from posttrain.backbone import indexer, past, tiles
+from posttrain.backbone import indexer, past, tiles, visible
 from posttrain.backbone.auxiliary import attach, touch
 from posttrain.backbone.cache import V4Cache
 from posttrain.backbone.compressor import compress, compress_on
@@ -116,7 +116,7 @@ class V4Attention(stock.DeepseekV4Attention):
                 compressed[group]["compressor"] if compressed else None,
                 self.sinks,
                 scale=self.scaling,
-                layout=tiles.Layout(
+                layout=visible.Layout(
                     rows.length_D,
                     rows.start_D,
                     context.longest_start,

@@ -10,27 +10,18 @@ A cache has no gradient: it is filled and read with gradients off.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
 from posttrain.backbone.cache import V4Cache
+from posttrain.backbone.outputs import V4ModelOutput
 from posttrain.backbone.routing import ExpertChoices, RouteTape
 
 ASSISTED_SPARE = 64
 """Tokens that assisted generation may take back: its candidates of one round."""
-
-
-class Grown(NamedTuple):
-    """What new columns gave, by the names of the model's output."""
-
-    last_hidden_state: Tensor
-    """(B, n, H), zeros at padding."""
-    past_key_values: V4Cache
-    hidden_states: tuple[Tensor, ...] | None
-    routes: ExpertChoices | None
 
 
 def wants_cache(model: Any, past_key_values: object, use_cache: bool | None) -> bool:
@@ -55,7 +46,7 @@ def forward(
     replay_routes: ExpertChoices | None = None,
     capture_routes: bool = False,
     output_hidden_states: bool | None = None,
-) -> Grown:
+) -> V4ModelOutput:
     """What n new columns give, and the cache after them.
 
     Args:
@@ -87,7 +78,7 @@ def forward(
     if output_hidden_states is None:
         output_hidden_states = bool(model.config.output_hidden_states)
     if columns == 1 and inputs_embeds is None and not output_hidden_states:
-        grown = one_column(model, new, is_token_BS, cache, replay_routes, capture_routes)
+        output = one_column(model, new, is_token_BS, cache, replay_routes, capture_routes)
     else:
         output = model(
             input_ids,
@@ -100,9 +91,9 @@ def forward(
             output_hidden_states=output_hidden_states,
         )
         cache.length_B = cache.length_B + is_token_BS.sum(dim=1)
-        grown = Grown(output.last_hidden_state, cache, output.hidden_states, output.routes)
     cache.num_columns = past + columns
-    return grown
+    output.past_key_values = cache
+    return output
 
 
 def one_column(
@@ -112,15 +103,16 @@ def one_column(
     cache: V4Cache,
     replay_routes: ExpertChoices | None,
     capture_routes: bool,
-) -> Grown:
+) -> V4ModelOutput:
     """A decode step, in which padded rows do not advance."""
     tape = None
     if capture_routes or replay_routes is not None:
         tape = RouteTape(len(model.layers), replay_routes)
     hidden_BH = model.decode(token_B1[:, 0], cache, is_token_B1[:, 0].long(), tape=tape)
     hidden_B1H = hidden_BH.masked_fill(~is_token_B1, 0.0).unsqueeze(1)
-    return Grown(
-        hidden_B1H, cache, None, tape.choices if tape is not None and capture_routes else None
+    return V4ModelOutput(
+        last_hidden_state=hidden_B1H,  # pyright: ignore[reportArgumentType]
+        routes=tape.choices if tape is not None and capture_routes else None,
     )
 
 

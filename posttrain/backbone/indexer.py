@@ -67,16 +67,12 @@ def head_weights(indexer: Any, x: Tensor) -> Tensor:
     return weight.to(wide) * (scorer.weights_scaling * scorer.softmax_scale)
 
 
-def weigh(query_DQhc: Tensor, key: Tensor, weight_DQh: Tensor) -> Tensor:
-    """(D, Q, K), at least float32, of keys (D, K, c), or of each query's own (D, Q, K, c)."""
+def weigh(query_DQhc: Tensor, key_DKc: Tensor, weight_DQh: Tensor) -> Tensor:
+    """Scores (D, Q, K), at least float32."""
     wide = weight_DQh.dtype
-    query, key = query_DQhc.to(wide), key.to(wide)
-    if key.dim() == 3:
-        similarity = torch.bmm(query.flatten(1, 2), key.transpose(1, 2)).relu()
-        similarity = similarity.unflatten(1, query.shape[1:3])
-    else:
-        similarity = (query @ key.transpose(-1, -2)).relu()
-    return (weight_DQh.unsqueeze(-2) @ similarity).squeeze(-2)
+    query, key = query_DQhc.to(wide), key_DKc.to(wide)
+    similarity = torch.bmm(query.flatten(1, 2), key.transpose(1, 2)).relu()
+    return (weight_DQh.unsqueeze(-2) @ similarity.unflatten(1, query.shape[1:3])).squeeze(-2)
 
 
 def top_k_mask(score_DQE: Tensor, top_k: int) -> Tensor:
@@ -94,7 +90,7 @@ def top_k_numbers(score_DQE: Tensor, top_k: int) -> Tensor:
     where no entry outside equals the last one inside, any top-k algorithm chooses the same."""
     best = score_DQE.topk(top_k, dim=-1, sorted=False)
     least = best.values.amin(-1, keepdim=True)
-    if bool(((score_DQE >= least).sum(-1) > top_k).any()) or bool(least.isneginf().any()):
+    if bool(((score_DQE >= least).sum(-1) > top_k).any()):
         return numbers(top_k_mask(score_DQE, top_k) & ~score_DQE.isneginf(), top_k)
     return best.indices.sort(dim=-1).values
 

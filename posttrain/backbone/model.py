@@ -106,7 +106,7 @@ class V4Model(V4PreTrainedModel, stock.DeepseekV4Model):
             another kind; routes of other tokens or layers.
         """
         if slots is None and generation.wants_cache(self, past_key_values, use_cache):
-            grown: Any = generation.forward(
+            return generation.forward(
                 self,
                 input_ids,
                 attention_mask,
@@ -117,7 +117,6 @@ class V4Model(V4PreTrainedModel, stock.DeepseekV4Model):
                 capture_routes=capture_routes,
                 output_hidden_states=kwargs.get("output_hidden_states"),
             )
-            return V4ModelOutput(**grown._asdict())
         embeds, token_ids = self._inputs(input_ids, inputs_embeds)
         shape = (embeds.shape[0], embeds.shape[1])
         documents = find_documents(
@@ -179,9 +178,9 @@ class V4Model(V4PreTrainedModel, stock.DeepseekV4Model):
         """The gradient of an own loss of this weight; None where it is not wanted."""
         if not (weight and self.training and torch.is_grad_enabled() and cache is None):
             return None
-        share = self.auxiliary_scale
-        own = step_share(self.num_microbatches) * self.loss_factor
-        return weight * (own if share is None else share)
+        if (share := self.auxiliary_scale) is None:
+            share = step_share(self.num_microbatches) * self.loss_factor
+        return weight * share
 
     def _foretelling(
         self, hidden_TH: Tensor, x_TNH: Tensor, token_id_T: Tensor | None, context: Context

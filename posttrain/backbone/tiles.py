@@ -26,9 +26,7 @@ from transformers.utils.generic import maybe_autocast
 
 from posttrain.backbone import indexer
 from posttrain.backbone.function import plain_backward
-from posttrain.backbone.visible import Chosen, Layout, Place, Tile, compact, restored, tiles
-
-__all__ = ["Chosen", "Layout", "Tile", "attend", "form_loss"]
+from posttrain.backbone.visible import Layout, Place, Tile, compact, restored, tiles
 
 TILE = 64
 """Queries in a tile, at most; with many rows or heads fewer: it stays in cache."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from posttrain.backbone import indexer, tiles, visible
-from posttrain.backbone.tiles import Layout
+from posttrain.backbone.visible import Layout
 
 WINDOW, RATE, SCALE = 5, 3, 0.4
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from posttrain.backbone import indexer, tiles
+from posttrain.backbone import indexer, tiles, visible
 from posttrain.backbone.kernels.indexer_topk import top_entries
 from posttrain.backbone.kernels.sparse_attention import attention_received, sparse_attention
 
@@ -30,7 +30,7 @@ def attend(
     sink_h: Tensor,
     *,
     scale: float,
-    layout: tiles.Layout,
+    layout: visible.Layout,
     index: indexer.Index | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Outputs (D, L, h, d), and the indexer's loss summed over queries where `index` wants it."""
@@ -55,7 +55,7 @@ def attend(
     return out_DLhd, FormedLoss.apply(*parts, index, layout, entry_DLK, share_DLK)  # pyright: ignore[reportReturnType]  # apply has no types
 
 
-def window_rows(layout: tiles.Layout, docs: int, length: int) -> Tensor:
+def window_rows(layout: visible.Layout, docs: int, length: int) -> Tensor:
     """Each query's window keys among the rows of (D J) window keys, (D, L, window) int32, -1 for
     those before the document's first token."""
     device = layout.length_D.device
@@ -67,7 +67,7 @@ def window_rows(layout: tiles.Layout, docs: int, length: int) -> Tensor:
 
 
 def chosen_entries(
-    layout: tiles.Layout, docs: int, length: int, num_entries: int, index: indexer.Index | None
+    layout: visible.Layout, docs: int, length: int, num_entries: int, index: indexer.Index | None
 ) -> Tensor:
     """The numbers of each query's entries in its document, ascending, (D, L, K), -1 for none."""
     seen = layout.num_visible(length, num_entries)
@@ -100,7 +100,7 @@ class FormedLoss(torch.autograd.Function):
         key_DEc: Tensor,
         weight_DLh: Tensor,
         index: indexer.Index,
-        layout: tiles.Layout,
+        layout: visible.Layout,
         entry_DLK: Tensor,
         share_DLK: Tensor,
     ) -> Tensor:
@@ -109,8 +109,8 @@ class FormedLoss(torch.autograd.Function):
         for first in range(0, length if entry_DLK.shape[2] else 0, tiles.TILE):
             end = min(first + tiles.TILE, length)
             number = entry_DLK[:, first:end]
-            chosen = tiles.Chosen(number >= 0, number.clamp(min=0))
-            tile = tiles.Tile(first, end, (0, 0), chosen.mask[..., :0], chosen)
+            chosen = visible.Chosen(number >= 0, number.clamp(min=0))
+            tile = visible.Tile(first, end, (0, 0), chosen.mask[..., :0], chosen)
             share_DQhK = share_DLK[:, first:end, None]  # the heads' sum is one head here
             total += tiles.form_loss(index, tile, share_DQhK, layout.has_query(first, end), grads)
         ctx.save_for_backward(*grads)

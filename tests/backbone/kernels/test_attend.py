@@ -9,7 +9,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from posttrain.backbone import indexer, tiles
+from posttrain.backbone import indexer, tiles, visible
 from posttrain.backbone.kernels import attend as kernel
 
 WINDOW, SCALE, HEADS, SIZE = 3, 0.4, 2, 8
@@ -34,7 +34,7 @@ def draw(docs: int, length: int, num_past: int, num_entries: int, device: torch.
     }
 
 
-def compare(parts: Parts, layout: tiles.Layout, top_k: int | None) -> None:
+def compare(parts: Parts, layout: visible.Layout, top_k: int | None) -> None:
     """`top_k` None: a layer without an indexer."""
     found, wanted = (
         run(attend, {name: x.detach().requires_grad_() for name, x in parts.items()}, layout, top_k)
@@ -45,7 +45,7 @@ def compare(parts: Parts, layout: tiles.Layout, top_k: int | None) -> None:
         torch.testing.assert_close(value, wanted[name], atol=2e-5, rtol=1e-4, msg=name)
 
 
-def run(attend: Attend, p: Parts, layout: tiles.Layout, top_k: int | None) -> Parts:
+def run(attend: Attend, p: Parts, layout: visible.Layout, top_k: int | None) -> Parts:
     """Outputs and gradients by name."""
     index = None
     if top_k is not None:
@@ -64,29 +64,29 @@ def run(attend: Attend, p: Parts, layout: tiles.Layout, top_k: int | None) -> Pa
 @pytest.mark.parametrize("rate", [0, 2])
 def test_all_visible_entries(length: int, rate: int, device: torch.device) -> None:
     lengths = torch.tensor([length, 1], device=device)
-    layout = tiles.Layout(lengths, None, 0, WINDOW, 0, rate)
+    layout = visible.Layout(lengths, None, 0, WINDOW, 0, rate)
     compare(draw(2, length, 0, length // rate if rate else 0, device), layout, None)
 
 
 def test_the_indexers_choice_and_loss(device: torch.device) -> None:
-    layout = tiles.Layout(torch.tensor([8, 5], device=device), None, 0, WINDOW, 0, 2)
+    layout = visible.Layout(torch.tensor([8, 5], device=device), None, 0, WINDOW, 0, 2)
     compare(draw(2, 8, 0, 4, device), layout, top_k=2)
 
 
 def test_the_indexers_loss_where_all_entries_fit(device: torch.device) -> None:
-    layout = tiles.Layout(torch.tensor([6], device=device), None, 0, WINDOW, 0, 2)
+    layout = visible.Layout(torch.tensor([6], device=device), None, 0, WINDOW, 0, 2)
     compare(draw(1, 6, 0, 3, device), layout, top_k=3)
 
 
 def test_new_tokens_after_a_cache(device: torch.device) -> None:
     # two slots that hold 0 and 5 tokens: the window keys of before are in front
     start = torch.tensor([0, 5], device=device)
-    layout = tiles.Layout(torch.tensor([4, 4], device=device), start, 5, WINDOW, WINDOW - 1, 2)
+    layout = visible.Layout(torch.tensor([4, 4], device=device), start, 5, WINDOW, WINDOW - 1, 2)
     compare(draw(2, 4, WINDOW - 1, 4, device), layout, top_k=2)
 
 
 def test_tiles_of_the_loss_add_up(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    layout = tiles.Layout(torch.tensor([7], device=device), None, 0, WINDOW, 0, 2)
+    layout = visible.Layout(torch.tensor([7], device=device), None, 0, WINDOW, 0, 2)
     parts = draw(1, 7, 0, 3, device)
     whole = run(kernel.attend, parts, layout, 2)
     monkeypatch.setattr(tiles, "TILE", 4)
@@ -95,7 +95,7 @@ def test_tiles_of_the_loss_add_up(device: torch.device, monkeypatch: pytest.Monk
 
 
 def test_no_tokens_at_all(device: torch.device) -> None:
-    layout = tiles.Layout(torch.zeros(0, dtype=torch.long, device=device), None, 0, WINDOW, 0, 0)
+    layout = visible.Layout(torch.zeros(0, dtype=torch.long, device=device), None, 0, WINDOW, 0, 0)
     q, window = (torch.zeros(0, 0, *s, device=device) for s in ((HEADS, SIZE), (SIZE,)))
     out, loss = kernel.attend(
         q, window, None, torch.zeros(HEADS, device=device), scale=SCALE, layout=layout
