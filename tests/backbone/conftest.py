@@ -1,4 +1,4 @@
-"""`small_v4` and `trl_steps` are importable by name; accelerate forgets each test's trainer."""
+"""`small_v4` and `trl_steps` are importable by name; what trainers need and leave behind."""
 
 import sys
 from collections.abc import Iterator
@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from posttrain.tokenizer import build_tokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
@@ -18,3 +20,13 @@ def forget_accelerate() -> Iterator[None]:
     if state is not None:
         state.AcceleratorState._reset_state(reset_partial_state=True)
         state.GradientState._reset_state()
+
+
+@pytest.fixture(autouse=True)
+def no_telemetry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CI", "1")  # TRL's trainers report every run to the hub, but not from CI
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    return build_tokenizer()

@@ -15,11 +15,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from posttrain.backbone import V4ForCausalLM
 from posttrain.backbone.presets import CSA, HCA, SLIDING
 
-pytestmark = [
-    # transformers 5.23 has a new name for the method that TRL 1.16 and PEFT 0.21 call
-    pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing.*` is deprecated"),
-]
-
 
 @pytest.fixture
 def model() -> V4ForCausalLM:

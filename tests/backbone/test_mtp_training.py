@@ -26,11 +26,6 @@ from posttrain.backbone.fp4 import fake_fp8_activation
 from posttrain.backbone.mtp import observe
 from posttrain.tokenizer import build_tokenizer
 
-pytestmark = [
-    # TRL 1.16 turns checkpointing on under the name that transformers 5.23 deprecates
-    pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing.*` is deprecated"),
-]
-
 WEIGHT = 0.3
 LENGTHS = (13, 1, 29, 2, 3, 22)
 

@@ -33,24 +33,8 @@ from trl.trainer.sft_trainer import SFTTrainer
 from trl_steps import Gradients, gradients_of, step_options
 
 from posttrain.backbone.auxiliary import ScaleOwnLosses, scale_own_losses
-from posttrain.tokenizer import build_tokenizer
-
-pytestmark = [
-    # TRL 1.16 turns checkpointing on under the name that transformers 5.23 deprecates
-    pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing.*` is deprecated"),
-]
 
 LENGTH = 24
-
-
-@pytest.fixture(autouse=True)
-def no_telemetry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CI", "1")  # TRL's trainers report every run to the hub, but not from CI
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    return build_tokenizer()
 
 
 @pytest.fixture(scope="module")

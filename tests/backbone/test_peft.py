@@ -13,11 +13,6 @@ from transformers import AutoModelForCausalLM
 
 from posttrain.backbone import V4ForCausalLM
 
-pytestmark = [
-    # PEFT 0.21 asks by the name that transformers 5.23 deprecates
-    pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing.*` is deprecated"),
-]
-
 ATTENTION = r".*self_attn\.(q_a_proj|q_b_proj|kv_proj|o_b_proj)"
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 TARGETS: dict[str, dict[str, Any]] = {

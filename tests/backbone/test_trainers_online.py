@@ -23,26 +23,10 @@ from trl.trainer.rloo_trainer import RLOOTrainer
 from trl_steps import Gradients, gradients_of, step_options
 
 from posttrain.backbone import V4ForCausalLM
-from posttrain.tokenizer import build_tokenizer
-
-pytestmark = [
-    # TRL 1.16 turns checkpointing on under the name that transformers 5.23 deprecates
-    pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing.*` is deprecated"),
-]
 
 PROMPTS = ("hello there, how are you", "a", "12 + 4", "who is it")
 STOPS = [1, *range(3, 40)]
 """So many that answers end early, at different lengths: rows are padded on both sides."""
-
-
-@pytest.fixture(autouse=True)
-def no_telemetry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CI", "1")  # TRL's trainers report every run to the hub, but not from CI
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    return build_tokenizer()
 
 
 @pytest.fixture(scope="module")
