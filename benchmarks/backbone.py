@@ -10,44 +10,30 @@ import argparse
 import copy
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from threading import Semaphore, Thread
 from typing import Any
 from unittest.mock import patch
 
 import torch
-import transformers
+from measured import Json, forget_peak, machine, memory_mib, place, write
+from shapes import LONG
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.models.deepseek_v4 import DeepseekV4ForCausalLM
 
 from posttrain.backbone import V4Cache, V4ForCausalLM, preset_config
 from posttrain.backbone.fake_quant import PARTS
-from posttrain.backbone.presets import CSA, HCA, PRESETS
+from posttrain.backbone.presets import PRESETS
 from posttrain.tokenizer import build_tokenizer
 
-Json = dict[str, Any]
 Step = Callable[[], object]
-LONG = {  # hidden 256, 8 heads of 64, window 128, CSA 4 top-512, HCA 128
-    **PRESETS["tiny"],
-    "hidden_size": 256,
-    "moe_intermediate_size": 128,
-    "num_attention_heads": 8,
-    "head_dim": 64,
-    "q_lora_rank": 128,
-    "index_topk": 512,
-    "sliding_window": 128,
-    "compress_rates": {CSA: 4, HCA: 128},
-    "max_position_embeddings": 131072,
-}
 DECODED_LENGTHS = (16, 80)
 """Prompts of the decoded rows are spread evenly from the one to the other."""
 
@@ -108,16 +94,16 @@ def main() -> None:
         *(LONG_ROWS if arguments.long else ()),
     )
     data: Json = {**machine(), "rows": []}
-    if arguments.only and arguments.json.exists():
-        data["rows"] = json.loads(arguments.json.read_text("utf-8"))["rows"]
+    numbers = arguments.page.with_suffix(".json")
+    if arguments.only and numbers.exists():
+        data["rows"] = json.loads(numbers.read_text("utf-8"))["rows"]
     for row in rows:
         if arguments.only and arguments.only not in row.name:
             continue
         if row.tokens > arguments.stock_up_to:
             row = replace(row, has_stock=False)
         put(data["rows"], measure(row))
-        arguments.json.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-        arguments.page.write_text(page(data), encoding="utf-8")
+        write(arguments.page, data, page)
 
 
 def put(rows: list[Json], found: Json) -> None:
@@ -130,7 +116,6 @@ def put(rows: list[Json], found: Json) -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--page", type=Path, default=Path("docs/backbone-speed.md"))
-    parser.add_argument("--json", type=Path, help="default: beside the page")
     parser.add_argument("--long", action="store_true", help="also ours alone at 16k to 64k tokens")
     parser.add_argument("--compiled", action="store_true", help="also the compiled decode step")
     parser.add_argument("--only", default="", help="measure the rows with this in their name alone")
@@ -138,32 +123,10 @@ def parse() -> argparse.Namespace:
         "--stock-up-to",
         type=int,
         default=8192,
-        help="leave stock out above so many tokens: at 8,192 it takes 16.5 GiB and minutes",
+        help="leave stock out above so many tokens: at 8,192 it takes 12 GiB and minutes",
     )
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    arguments.json = arguments.json or arguments.page.with_suffix(".json")
-    return arguments
-
-
-def machine() -> Json:
-    """What the numbers depend on."""
-    cpu = platform.processor()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        lines = [x for x in info.read_text("utf-8").splitlines() if x.startswith("model name")]
-        cpu = lines[0].partition(":")[2].strip() if lines else cpu
-    return {
-        "date": f"{datetime.now(UTC):%Y-%m-%d}",
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "load": round(os.getloadavg()[0], 1),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-    }
+    return parser.parse_args()
 
 
 def measure(row: Row) -> Json:
@@ -218,15 +181,9 @@ def peak_mib(row: Row, name: str) -> float:
     """The peak of one step's resident memory above that of the built model, MiB."""
     step = build(row, name)
     base = memory_mib("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # forget the peak so far
+    forget_peak()
     step()
     return memory_mib("VmHWM") - base
-
-
-def memory_mib(field: str) -> float:
-    """A line of Linux's /proc/self/status."""
-    lines = Path("/proc/self/status").read_text("ascii").splitlines()
-    return next(int(x.split()[1]) for x in lines if x.startswith(field)) / 1024
 
 
 def build(row: Row, name: str) -> Step:
@@ -321,15 +278,13 @@ def stock_decode(model: Any, ids: Tensor, repeats: int) -> Step:
 
 def page(data: Json) -> str:
     """The markdown page: where it was measured, and a table."""
-    versions = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
     lines = [
         "# The backbone against stock transformers",
         "",
-        f"{data['date']}, {data['cpu']}, one thread of {data['cores']}, "
-        f"{versions}, fp32, same weights. Written by `benchmarks/backbone.py`, which says "
-        "how; ratios are of processor time; the load is the machine's when the row began. The last "
-        "two columns: ours with all of serving's rounding (fake_quant.py), and its memory over "
-        "that without.",
+        f"{place(data)}, fp32, same weights. Written by `benchmarks/backbone.py`, which says how; "
+        "ratios are of processor time; the load is the machine's when the row began. The last two "
+        "columns: ours with all of serving's rounding (fake_quant.py), and its memory over that "
+        "without.",
         "",
         "| step | load | stock s | ours s | ratio | target | ours wall s | stock MiB | ours MiB "
         "| ratio | rounded MiB | ratio |",

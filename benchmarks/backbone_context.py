@@ -8,7 +8,6 @@ beside the formula (cache.cache_bytes), and the time of a decoded token there.
 
 import argparse
 import copy
-import json
 import statistics
 import sys
 import time
@@ -17,12 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from backbone import machine, memory_mib
+from measured import Json, forget_peak, machine, memory_mib, place, write
 
 from posttrain.backbone import V4Cache, V4ForCausalLM, preset_config
 from posttrain.backbone.cache import cache_bytes
 
-Json = dict[str, Any]
 MARKS = (4096, 65536, 262144, 1048576)
 CHUNK = 8192
 DECODED = 25
@@ -38,8 +36,7 @@ def main() -> None:
     data: Json = {**machine(), "rows": []}
     for row in prefilled(arguments.tokens):
         data["rows"].append(row)
-        arguments.page.with_suffix(".json").write_text(json.dumps(data, indent=2) + "\n", "utf-8")
-        arguments.page.write_text(page(data), "utf-8")
+        write(arguments.page, data, page)
 
 
 @torch.no_grad()
@@ -52,7 +49,7 @@ def prefilled(num_tokens: int) -> Iterator[Json]:
     generator = torch.Generator().manual_seed(0)
     base, seconds, done = memory_mib("VmRSS"), (0.0, 0.0), 0
     for mark in (*(mark for mark in MARKS if mark < num_tokens), num_tokens):
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # forget the peak so far
+        forget_peak()
         while done < mark:
             size = (min(CHUNK, mark - done),)
             ids = torch.randint(3, config.vocab_size, size, generator=generator).tolist()
@@ -87,12 +84,11 @@ def decode_ms(model: Any, cache: V4Cache) -> float:
 
 def page(data: Json) -> str:
     """The markdown page: where it was measured, and a table."""
-    versions = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
     lines = [
         "# One long prompt",
         "",
-        f"{data['date']}, {data['cpu']}, one thread of {data['cores']}, load {data['load']} at the "
-        f"start, {versions}, fp32, tiny preset, chunks of {CHUNK:,} tokens. Written by "
+        f"{place(data)}, load {data['load']} at the start, fp32, tiny preset, chunks of "
+        f"{CHUNK:,} tokens. Written by "
         "`benchmarks/backbone_context.py`, which says how. The cache's room doubles when it is "
         "full.",
         "",

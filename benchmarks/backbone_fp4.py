@@ -18,11 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from backbone import machine, memory_mib
+from measured import Json, machine, memory_mib, place, write
 
 from posttrain.backbone import V4ForCausalLM, official, preset_config
 
-Json = dict[str, Any]
 FORMS = (
     "float32 saved by save_pretrained",
     "official, unpacked to bfloat16",
@@ -46,8 +45,7 @@ def main() -> None:
     if rows[1]["logits"] != rows[2]["logits"]:
         raise SystemExit("packed and unpacked experts give different logits")
     data: Json = {**machine(), "rows": rows}
-    arguments.page.with_suffix(".json").write_text(json.dumps(data, indent=2) + "\n", "utf-8")
-    arguments.page.write_text(page(data), "utf-8")
+    write(arguments.page, data, page)
 
 
 def write_model(folder: Path) -> None:
@@ -100,11 +98,10 @@ def measure(form: str, folder: Path) -> Json:
 
 def page(data: Json) -> str:
     """The markdown page: where it was measured, and a table."""
-    versions = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
     lines = [
         "# Packed FP4 experts",
         "",
-        f"{data['date']}, {data['cpu']}, one thread of {data['cores']}, {versions}. Written by "
+        f"{place(data)}. Written by "
         "`benchmarks/backbone_fp4.py`, which says how. The logits of the last two rows are the "
         "same bits. `from_pretrained` maps its file: it is read by the first forward.",
         "",

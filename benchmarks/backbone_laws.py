@@ -7,19 +7,17 @@ model, over all its tokens; it takes seconds, and writes `docs/backbone-laws.md`
 
 import argparse
 import copy
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from backbone import machine
+from measured import Json, machine, place, write
 from torch import Tensor
 from transformers.models.deepseek_v4 import DeepseekV4ForCausalLM
 
 from posttrain.backbone import V4ForCausalLM, preset_config
 
-Json = dict[str, Any]
 LENGTHS, VOCAB, WIDTH = (90, 3, 41), 512, 96
 
 
@@ -36,8 +34,7 @@ def main() -> None:
         for what, law in LAWS.items()
     ]
     data: Json = {**machine(), "rows": rows}
-    arguments.page.with_suffix(".json").write_text(json.dumps(data, indent=2) + "\n", "utf-8")
-    arguments.page.write_text(page(data), "utf-8")
+    write(arguments.page, data, page)
 
 
 def models() -> tuple[Any, Any]:
@@ -174,11 +171,10 @@ LAWS: dict[str, Callable[[Any, list[Tensor]], str]] = {
 
 def page(data: Json) -> str:
     """The markdown page: where it was measured, and a table."""
-    versions = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
     lines = [
         "# What a batch does to a document",
         "",
-        f"{data['date']}, {data['cpu']}, {versions}, tiny preset, fp32, the same weights in both. "
+        f"{place(data)}, tiny preset, fp32, the same weights in both. "
         "Written by `benchmarks/backbone_laws.py`, which says how.",
         "",
         "| | stock | ours |",

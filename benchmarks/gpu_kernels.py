@@ -17,26 +17,20 @@ Times are medians of synchronised calls; memory is the peak above what was held 
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import gpu_rows
 import gpu_steps
 import torch
-import transformers
-import triton
+from measured import Json, machine, place, write
 
 from posttrain.backbone import kernels
-
-Json = dict[str, Any]
 
 TOTAL_S = 450
 """The whole run's, of which each part has at most its limit below."""
@@ -63,19 +57,19 @@ def main() -> None:
 
 def everything(limits: dict[str, int], page_path: Path) -> None:
     """All parts, one after the other; page and json are whole after each."""
-    end, data = time.monotonic() + TOTAL_S, machine()
+    end, data = time.monotonic() + TOTAL_S, blank()
     for part, limit in limits.items():
         started = time.monotonic()
         limit_s = min(limit, end - started)
         if limit_s < 5:
             data["failures"].append(f"{part}: not begun, the run's {TOTAL_S} s were over")
-            write(page_path, data)
+            write(page_path, data, page)
             continue
         rows, failure = run_part(command_of(part), limit_s)
         data["rows"] += [{"part": part, **row} for row in rows]
         data["failures"] += [f"{part}: {failure}"] if failure else []
         data["seconds"][part] = round(time.monotonic() - started, 1)
-        write(page_path, data)
+        write(page_path, data, page)
 
 
 def command_of(part: str) -> list[str]:
@@ -107,22 +101,11 @@ def run_part(command: Sequence[str], limit_s: float) -> tuple[list[Json], str]:
     return rows, "; ".join([failure, *last]) if failure else ""
 
 
-def machine() -> Json:
+def blank() -> Json:
     """What the numbers depend on, and room for them."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
-    return {
-        "date": f"{datetime.now(UTC):%Y-%m-%d}",
-        "device": device,
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "triton": triton.__version__,
-            "transformers": transformers.__version__,
-        },
-        "rows": [],
-        "failures": [],
-        "seconds": {},
-    }
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    found = machine("torch", "triton", "transformers")
+    return {**found, "device": device, "rows": [], "failures": [], "seconds": {}}
 
 
 def work(part: str, device: torch.device) -> Iterator[Json]:
@@ -216,19 +199,13 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def write(path: Path, data: Json) -> None:
-    path.with_suffix(".json").write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-    path.write_text(page(data), encoding="utf-8")
-
-
 def page(data: Json) -> str:
     """The markdown page: where it was measured, tables, tests, and what failed."""
-    versions = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
     good = [row for row in data["rows"] if "failure" not in row]
     lines = [
         "# The backbone on a GPU",
         "",
-        f"{data['date']}, {data['device']}, {versions}. Written by `benchmarks/gpu_kernels.py`,",
+        f"{data['device']}, {place(data)}. Written by `benchmarks/gpu_kernels.py`,",
         "which says how.",
         "",
         "| kernel | shape | error, small | error | torch ms | kernel ms | ratio | torch MiB "

@@ -8,6 +8,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from shapes import LONG
 from torch import Tensor
 from transformers.models.deepseek_v4 import DeepseekV4Config, DeepseekV4ForCausalLM
 
@@ -17,18 +18,6 @@ from posttrain.backbone.presets import CSA, HCA, PRESETS
 Run = Callable[[], float]
 VOCAB = 1024
 
-LONG = {  # as in backbone.py
-    **PRESETS["tiny"],
-    "hidden_size": 256,
-    "moe_intermediate_size": 128,
-    "num_attention_heads": 8,
-    "head_dim": 64,
-    "q_lora_rank": 128,
-    "index_topk": 512,
-    "sliding_window": 128,
-    "compress_rates": {CSA: 4, HCA: 128},
-    "max_position_embeddings": 131072,
-}
 FLASH = {  # two layers of V4-Flash with an eighth of its experts
     **LONG,
     "hidden_size": 4096,
