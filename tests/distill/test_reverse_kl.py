@@ -7,9 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from distill.reverse_kl import Pair, ReverseKL, reverse_kl
+from distill.reverse_kl import ReverseKL, reverse_kl
 
 N, V, H = 13, 29, 6
+Pair = tuple[Tensor, Tensor]
+"""Hidden states and head."""
 HIDDEN_SIZES = (6, 4, 9)
 """The teachers' hidden sizes."""
 
