@@ -27,7 +27,10 @@ COMPARISONS = (
     ("opd", "mixed"),
     ("opd", "oracle"),
 )
-"""Pairs whose difference is reported; `sft` and `specialist` stand for a domain's own."""
+"""Pairs whose difference is reported; `sft` and `specialist` stand for a domain's own. Besides,
+distillation is compared with each of its ablations."""
+ABLATION = "opd/"
+"""How the names of ablations begin."""
 
 Cell = dict[str, float | int | None]
 Table = dict[str, dict[str, Cell]]
@@ -67,18 +70,21 @@ def compute_numbers(
     check_same_prompts(run, domains)
     scores = with_oracle(run.scores, domains, oracle)
     means = add_macro(resample(scores, domains, num_resamples=num_resamples, seed=seed))
+    ablations = [("opd", name) for name in scores if name.startswith(ABLATION)]
     return Numbers(
         checkpoints={name: table_row(name, scores[name], means) for name in ordered(scores)},
         headroom={name: headroom(name, means) for name in ordered(scores)},
         headroom_intervals={name: headroom_intervals(name, means) for name in ordered(scores)},
         differences={
-            f"{x}-{y}": found for x, y in COMPARISONS if (found := differences(x, y, means))
+            f"{x}-{y}": found
+            for x, y in (*COMPARISONS, *ablations)
+            if (found := differences(x, y, means))
         },
     )
 
 
 def ordered(names: Mapping[str, Any]) -> list[str]:
-    """Base, SFT, specialists, what else there is, the merged ones, the oracle."""
+    """Base, SFT, specialists, what else there is, ablations, the merged ones, the oracle."""
     last = (*MERGED, "oracle")
 
     def rank(name: str) -> tuple[int, int]:

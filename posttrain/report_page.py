@@ -8,7 +8,7 @@ from typing import Any
 from markupsafe import Markup
 
 from posttrain.report_data import EVALUATE, Run, is_score
-from posttrain.report_numbers import MACRO, MERGED, Cell, Numbers
+from posttrain.report_numbers import ABLATION, MACRO, MERGED, Cell, Numbers
 from posttrain.report_plots import Series, line_panel
 from posttrain.report_words import (
     decimal,
@@ -27,6 +27,7 @@ GROUPS = (
     ("specialist", "Specialists"),
     ("teacher", "Teachers from elsewhere"),
     ("", "Merged"),
+    ("ablation", "Other ways to distil the same teachers"),
     ("oracle", "Each prompt to its own specialist"),
 )
 DIFFERENCES = {
@@ -82,7 +83,7 @@ def score_table(numbers: Numbers, domains: Sequence[str]) -> list[dict[str, Any]
 
 def group_of(name: str) -> str:
     """The group a checkpoint's row stands in; what is unknown stands with the merged ones."""
-    kind = name.split("/")[0]
+    kind = "ablation" if name.startswith(ABLATION) else name.split("/")[0]
     return kind if kind in dict(GROUPS) else ""
 
 
@@ -170,8 +171,8 @@ def difference_table(numbers: Numbers, domains: Sequence[str]) -> list[dict[str,
 
     return [
         {"label": words, "cells": [spelled(row.get(column)) for column in (*domains, MACRO)]}
-        for key, words in DIFFERENCES.items()
-        if (row := numbers.differences.get(key))
+        for key, row in numbers.differences.items()
+        for words in [DIFFERENCES.get(key, f"OPD over {label(key.removeprefix('opd-'))}")]
     ]
 
 
@@ -192,16 +193,34 @@ def curves(run: Run, domains: Sequence[str]) -> list[dict[str, Any]]:
         for title, start in (("base", "base"), ("SFT by domain", "sft/"))
         if (lines := series_by_stage(run, start, "loss", domains))
     ]
+    by_domain = legend(domains)
     sections = (
-        ("Reward of each GRPO step", "mean over the step's samples", rewards, False),
-        ("On-policy distillation", "per token and response, by step", distilled, True),
-        ("Supervised loss", "nats per token, by step", losses, True),
+        ("Reward of each GRPO step", "mean over the step's samples", rewards, []),
+        ("On-policy distillation", "per token and response, by step", distilled, by_domain),
+        ("Score over tokens", "sampled, by tokens with loss", *score_curves(run, domains)),
+        ("Supervised loss", "nats per token, by step", losses, by_domain),
     )
     return [
-        {"heading": heading, "unit": unit, "panels": panels, "has_legend": has_legend}
-        for heading, unit, panels, has_legend in sections
+        {"heading": heading, "unit": unit, "panels": panels, "legend": words}
+        for heading, unit, panels, words in sections
         if panels
     ]
+
+
+def score_curves(run: Run, domains: Sequence[str]) -> tuple[list[Panel], list[tuple[str, int]]]:
+    """Distillation's score while it runs, beside its ablations', and which line is whose."""
+    stages = [n for n in run.records if n == "opd" or n.startswith(ABLATION)]
+    colours = {name: i % 7 + 1 for i, name in enumerate(stages)}
+    panels: list[Panel] = []
+    for column in (MACRO, *domains):
+        lines = [
+            Series(name, *points, colours[name])
+            for name in stages
+            if len((points := points_of(run, name, f"score/{column}", by="tokens_seen"))[0]) > 1
+        ]
+        if lines:
+            panels.append(Panel(column, "", panel(lines, "score", is_share=True)))
+    return panels, [(label(name), colour) for name, colour in colours.items()]
 
 
 def panel(
@@ -235,9 +254,15 @@ def has(run: Run, stage: str, key: str) -> bool:
 
 def series_of(run: Run, stage: str, key: str, domains: Sequence[str], name: str = "") -> Series:
     """A stage's figure by step, without the steps that lack it, in the colour of its domain."""
-    points = [(r["step"], r[key]) for r in run.records[stage] if r.get(key) is not None]
-    steps, values = [float(s) for s, _ in points], [float(v) for _, v in points]
-    return Series(name or stage, steps, values, colour_of(name or stage, domains))
+    return Series(name or stage, *points_of(run, stage, key), colour_of(name or stage, domains))
+
+
+def points_of(
+    run: Run, stage: str, key: str, *, by: str = "step"
+) -> tuple[list[float], list[float]]:
+    """Where a stage logged a figure, and the figure."""
+    points = [(r[by], r[key]) for r in run.records[stage] if r.get(key) is not None]
+    return [float(s) for s, _ in points], [float(v) for _, v in points]
 
 
 def colour_of(name: str, domains: Sequence[str]) -> int:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Self, cast
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from distill.config import DistillConfig
 from posttrain.config import Config, Effort
@@ -39,6 +39,16 @@ def _refuse_twice(values: Sequence[str]) -> None:
     twice = next((value for value in values if values.count(value) > 1), None)
     if twice is not None:
         raise ValueError(f"{twice!r} is given twice: keep one")
+
+
+def overlaid(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """`below` with the values of `above`, mapping by mapping."""
+    both = {
+        key: overlaid(below[key], value)
+        for key, value in above.items()
+        if isinstance(value, Mapping) and isinstance(below.get(key), Mapping)
+    }
+    return {**below, **above, **both}
 
 
 class BaseConfig(Config):
@@ -172,6 +182,9 @@ class Recipe(Config):
     """Checkpoint folders that teach a domain in place of its own specialist."""
     distill: DistillConfig | None = None
     """On-policy distillation of all teachers into one student; null: none."""
+    ablations: dict[str, dict[str, Any]] = {}
+    """Other ways to distil the same teachers, by name: the fields of `distill` that differ. Each is
+    trained, scored and drawn beside `distill`, as `opd/<name>`."""
     evaluate: EvaluateConfig = EvaluateConfig()
     """How every checkpoint is scored."""
     baselines: list[Baseline] = []
@@ -271,20 +284,50 @@ class Recipe(Config):
         return self
 
     @model_validator(mode="after")
+    def ablations_are_distillations(self) -> Self:
+        if self.ablations and not self.distill:
+            raise FieldError("ablations", "there is no distill to differ from: add it")
+        for name in self.ablations:
+            if not NAME.fullmatch(name):
+                raise FieldError(
+                    f"ablations.{name}", "this names folders: use letters, digits, - and _ only"
+                )
+            try:
+                self._ablation(name)
+            except ValidationError as error:
+                detail = error.errors(include_url=False)[0]
+                where = ".".join(["ablations", name, *map(str, detail["loc"])])
+                raise FieldError(where, f"as a field of distill: {detail['msg']}") from None
+        return self
+
+    @model_validator(mode="after")
     def the_student_starts_from_a_stage(self) -> Self:
         trained = [f"specialist/{n}" for n, d in self.specialists().items() if d.is_trained]
         starts = ["base", *(["average"] if trained else []), *trained]
-        if self.distill and self.distill.start not in starts:
-            raise FieldError(
-                "distill.start",
-                f"{self.distill.start!r} is no stage here: use one of {', '.join(starts)}",
-            )
+        for stage, distill in self.distillations().items():
+            if distill.start not in starts:
+                field = "distill" if stage == "opd" else stage.replace("opd/", "ablations.")
+                raise FieldError(
+                    f"{field}.start",
+                    f"{distill.start!r} is no stage here: use one of {', '.join(starts)}",
+                )
         return self
 
     @property
     def domain_shares(self) -> dict[str, float]:
         """The shares that distill gives; empty: equal ones."""
         return (self.distill and self.distill.domain_shares) or {}
+
+    def distillations(self) -> dict[str, DistillConfig]:
+        """By stage: `opd`, and an `opd/<name>` for each ablation."""
+        if self.distill is None:
+            return {}
+        return {"opd": self.distill} | {f"opd/{n}": self._ablation(n) for n in self.ablations}
+
+    def _ablation(self, name: str) -> DistillConfig:
+        assert self.distill is not None
+        below = self.distill.model_dump(exclude_unset=True)
+        return DistillConfig.model_validate(overlaid(below, self.ablations[name]))
 
     def specialists(self) -> dict[str, DomainConfig]:
         """The domains with one entry per effort: `mathematics`, or `mathematics@none`, `@high`."""

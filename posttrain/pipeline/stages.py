@@ -1,7 +1,8 @@
 """The stages of a recipe and their order; the only file that knows every one of them.
 
     base -> sft/<domain> -> grpo/<domain> -> average, ties
-                                          -> opd           -> evaluate/<checkpoint> -> report
+                                          -> opd, opd/<ablation>
+                                             -> evaluate/<checkpoint> -> report
     base -> sft/mixed    -> grpo/mixed
 
 A domain trained under several efforts counts as several, `<domain>@<effort>`. A teacher from
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import yaml
 
-from distill.config import OpdStage
+from distill.config import DistillConfig, OpdStage
 from posttrain.config import Config
 from posttrain.domains import DataConfig, DomainSpec, fingerprint
 from posttrain.evaluate_config import EvaluateStage
@@ -116,8 +117,8 @@ class _Builder:
         for name in self.recipe.teachers:
             self._add_teacher(name)
         self._add_merges()
-        if self.recipe.distill:
-            self._add_opd()
+        for name, distill in self.recipe.distillations().items():
+            self._add_opd(name, distill)
         if "mixed" in self.recipe.baselines:
             self._add_mixed()
         for name, stage in self.checkpoints.items():
@@ -205,8 +206,8 @@ class _Builder:
         self.checkpoints[stage] = stage
 
     def _add_merges(self) -> None:
-        distill = self.recipe.distill
-        wanted = {*self.recipe.baselines, distill.start if distill else ""}
+        starts = {distill.start for distill in self.recipe.distillations().values()}
+        wanted = {*self.recipe.baselines, *starts}
         settings = {
             "average": MergeStage.model_validate({"method": "average"}),
             "ties": self.recipe.merges.ties,
@@ -217,19 +218,17 @@ class _Builder:
                 self._add(name, "posttrain.merge:work", config, {"base": "base", **roles})
                 self.checkpoints[name] = name
 
-    def _add_opd(self) -> None:
-        distill = self.recipe.distill
-        assert distill is not None
+    def _add_opd(self, name: str, distill: DistillConfig) -> None:
         teachers = {
-            name: (f"teacher/{name}" if name in self.recipe.teachers else f"specialist/{name}")
-            for name in self.domains
+            domain: ("teacher/" if domain in self.recipe.teachers else "specialist/") + domain
+            for domain in self.domains
         }
         inputs = {role: self.checkpoints[role] for role in teachers.values()}
         inputs[distill.start] = self.checkpoints[distill.start]
         specs = [_without(spec, UNREWARDED) for spec in self._specs()]
         config = OpdStage(domains=specs, distill=distill, teachers=teachers)
-        self.checkpoints["opd"] = self._add(
-            "opd", "distill.opd:work", config, inputs, domains=specs, num_helpers=1
+        self.checkpoints[name] = self._add(
+            name, "distill.opd:work", config, inputs, domains=specs, num_helpers=1
         )
 
     def _add_mixed(self) -> None:

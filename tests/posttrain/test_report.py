@@ -18,6 +18,7 @@ from posttrain.metrics import Metrics
 from posttrain.report_config import ReportStage
 from posttrain.report_data import read_run
 from posttrain.report_numbers import MACRO, Numbers, compute_numbers
+from posttrain.report_page import score_curves
 from posttrain.report_plots import log_ticks, nice_ticks, running_mean
 from posttrain.report_words import percent, signed, verdict
 
@@ -35,6 +36,7 @@ RIGHT = {  # checkpoint -> share of right answers by domain, as a quickstart giv
     "specialist/instructions": [0.15, 0.18, 0.22, 0.95],
     "average": [0.51, 0.49, 0.80, 0.62],
     "ties": [0.66, 0.60, 0.97, 0.79],
+    "opd/forward_kl": [0.80, 0.81, 0.98, 0.90],
     "opd": [0.85, 0.86, 0.99, 0.93],
 }
 SAMPLES = {
@@ -105,6 +107,9 @@ def distilled(i: int, noise: Iterator[float]) -> dict[str, float]:
         figures[f"entropy/{domain}"] = 0.1 + 0.05 * k + 0.6 * math.exp(-i / 20 + 0.1 * next(noise))
         figures[f"length/{domain}"] = 6.0 + 7 * k + next(noise)
         figures[f"tokens/{domain}"] = 100.0 + k
+    if i % 15 == 14:
+        scores = {f"score/{domain}": 0.4 + 0.01 * i for domain in (*DOMAINS, MACRO)}
+        figures |= {**scores, "tokens_seen": 406.0 * (i + 1)}
     return figures
 
 
@@ -129,6 +134,7 @@ def make_run(folder: Path) -> dict[str, Path]:
     stages["grpo/code"][0][4]["grader_failures"] = 3.0
     kl = [distilled(i, noise) for i in range(60)]
     stages |= {"average": ([], 0.4), "ties": ([], 0.7), "opd": (kl, 101.3)}
+    stages["opd/forward_kl"] = ([distilled(i, noise) for i in range(60)], 99.0)
     inputs: dict[str, Path] = {}
     for name, (records, seconds) in stages.items():
         inputs[f"metrics/{name}"] = folder / name.replace("/", ".")
@@ -195,7 +201,7 @@ def test_tokens_are_summed_over_steps_and_domains(made: tuple[dict[str, Any], st
     tokens, page = made[0]["tokens"], made[1]
     assert tokens["grpo/code"] == 50 * 41
     assert tokens["opd"] == 60 * sum(100 + k for k in range(len(DOMAINS)))
-    assert set(tokens) == {"opd", *(f"grpo/{domain}" for domain in DOMAINS)}  # the others log none
+    assert set(tokens) == {"opd", "opd/forward_kl", *(f"grpo/{d}" for d in DOMAINS)}  # no others
     assert "<span>2k</span>" in page
 
 
@@ -203,7 +209,7 @@ def test_seconds_are_those_of_all_stages(made: tuple[dict[str, Any], str]) -> No
     seconds = made[0]["seconds"]
     assert seconds["opd"] == 101.3
     assert seconds["evaluate/opd"] == 5.0
-    assert len(seconds) == 1 + 4 + 4 + 3 + len(RIGHT)
+    assert len(seconds) == 1 + 4 + 4 + 4 + len(RIGHT)
 
 
 def test_answers_that_no_reward_could_judge_are_counted_and_shown(
@@ -406,3 +412,27 @@ def test_a_running_mean_keeps_a_constant_and_averages_its_window() -> None:
 def test_figures_are_spelled_without_a_negative_zero() -> None:
     assert (signed(0.061), signed(-0.061), signed(-0.001)) == ("+0.06", "−0.06", "0.00")
     assert (percent(0.97), percent(-0.001), percent(None)) == ("97%", "0%", "–")
+
+
+def test_scores_of_distillation_and_its_ablations_are_drawn_over_tokens(
+    inputs: dict[str, Path],
+) -> None:
+    panels, legend = score_curves(read_run(inputs), DOMAINS)
+    assert [panel.title for panel in panels] == [MACRO, *DOMAINS]
+    assert legend == [("OPD", 1), ("forward_kl", 2)]
+    for panel in panels:
+        assert 'class="line c1"' in panel.chart
+        assert 'class="line c2"' in panel.chart
+    bare = {role: path for role, path in inputs.items() if not role.startswith("metrics/opd")}
+    assert score_curves(read_run(bare), DOMAINS)[0] == []
+
+
+def test_ablations_are_compared_with_distillation(made: tuple[dict[str, Any], str]) -> None:
+    facts, page = made
+    points = {
+        name: facts["checkpoints"][name][MACRO]["score"] for name in ("opd", "opd/forward_kl")
+    }
+    found = facts["differences"]["opd-opd/forward_kl"][MACRO]["difference"]
+    assert found == pytest.approx(points["opd"] - points["opd/forward_kl"], abs=1e-5)
+    assert "OPD over forward_kl" in page
+    assert "Other ways to distil" in page

@@ -484,3 +484,17 @@ def test_presets_have_the_context_that_prompts_are_checked_against() -> None:
     from posttrain.backbone.presets import PRESETS
 
     assert {name: p["max_position_embeddings"] for name, p in PRESETS.items()} == PRESET_CONTEXT
+
+
+@pytest.mark.parametrize(
+    ("ablations", "words"),
+    [
+        ("{short: {num_stepz: 1}}", "ablations.short.num_stepz: as a field of distill: Extra"),
+        ("{short: {num_steps: 0}}", "ablations.short.num_steps: as a field of distill: Input"),
+        ("{short: {start: average/}}", "ablations.short.start: 'average/' is no stage here"),
+        ("{a/b: {}}", "ablations.a/b: this names folders"),
+    ],
+)
+def test_a_mistake_in_an_ablation_is_named(tmp_path: Path, ablations: str, words: str) -> None:
+    text = f"{RECIPE}ablations: {ablations}\n"
+    assert words in message_of(write_recipe(tmp_path, text))

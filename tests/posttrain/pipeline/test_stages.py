@@ -259,3 +259,26 @@ def test_a_plan_knows_what_is_done_and_sums_up(folder: Path, tmp_path: Path) -> 
     assert later.stages[0].seconds == 61
     assert f"{len(later.stages) - 1} of {len(later.stages)} stages to do" in later.text()
     assert later.json()["stages"][0]["state"] == "done"
+
+
+def test_an_ablation_is_a_distillation_with_some_fields_changed(folder: Path) -> None:
+    ablations = {"long": {"num_steps": 9, "optimizer": {"learning_rate": 1.0}}, "same": {}}
+    content = {**CONTENT, "ablations": ablations}
+    found = stages_of(content, folder)
+    plain, long = found["opd"], found["opd/long"]
+    wanted = plain.config.model_dump()
+    wanted["distill"]["num_steps"] = 9
+    wanted["distill"]["optimizer"]["learning_rate"] = 1.0
+    assert long.config.model_dump() == wanted
+    assert long.inputs == plain.inputs
+    assert found["evaluate/opd/long"].inputs == {"checkpoint": "opd/long"}
+    keyed = keys(folder, content)
+    assert keyed["opd/same"] == keyed["opd"] != keyed["opd/long"]
+    assert {k: v for k, v in keyed.items() if k in keys(folder, CONTENT) and k != "report"} == {
+        k: v for k, v in keys(folder, CONTENT).items() if k != "report"
+    }
+
+
+def test_an_ablation_that_starts_from_the_average_makes_it(folder: Path) -> None:
+    content = {**CONTENT, "baselines": [], "ablations": {"late": {"start": "average"}}}
+    assert stages_of(content, folder)["opd/late"].inputs["average"] == "average"
