@@ -41,6 +41,13 @@ class DistillConfig(Config):
     makes room. Changes speed and memory, never the result."""
     teacher_timeout_s: float = Field(default=600.0, gt=0)
     """Seconds to wait for one teacher to score one step's rows."""
+    evaluate_every: int = Field(default=0, ge=0)
+    """Steps between two scores of the student, logged as `score/<domain>` and `score/macro`; the
+    first before any step, the last after the last one. 0: none. Changes no weight."""
+    evaluate_prompts: int = Field(default=64, ge=1)
+    """At most so many held-out prompts of each domain in such a score, the first of its split."""
+    evaluate_samples: int = Field(default=1, ge=1)
+    """Samples of each of these prompts, at temperature 1 and with the same seeds every time."""
 
     @field_validator("domain_shares")
     @classmethod

@@ -10,8 +10,8 @@ domains are still being sampled.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from itertools import groupby
 from typing import Any
@@ -19,11 +19,12 @@ from typing import Any
 import torch
 
 from distill.batch import Example, ScoredExample, example_from_rollout
-from distill.config import OpdStage
+from distill.config import DistillConfig, OpdStage
 from distill.hiring import hire_teachers
 from distill.learner import Learner
 from distill.resume import load_step, save_step
 from distill.schedule import Schedule, Visit
+from distill.scores import heldout_requests, sampled_scores
 from distill.teachers import Teachers
 from posttrain.checkpoints import load_model, load_tokenizer, save_checkpoint
 from posttrain.config import learning_rate_factor
@@ -51,28 +52,57 @@ def work(stage: OpdStage, job: Job) -> None:
     learner = make_learner(stage, model, teachers)
     engine = Engine(model, num_slots=config.num_slots, seed=job.seed)
     first = load_step(saved, model=model, optimizer=learner.optimizer)
-    job.metrics.rewind(first)
-    with ExitStack() as stack:
-        tasks = {
-            spec.name: stack.enter_context(
-                closing(Task(spec, tokenizer, folder=job.folder, seed=job.seed))
-            )
-            for spec in stage.domains
-        }
+    job.metrics.rewind(first or -1)
+    with open_tasks(stage, tokenizer, job) as tasks:
         schedule = make_schedule(tasks, config.prompts_per_step, job.seed)
+        score = scorer(engine, tasks, config)
+        tokens_seen = job.metrics.records()[-1]["tokens_seen"] if first else 0
+        if not first and (scores := score(0)):
+            job.metrics.log(0, config.num_steps, tokens_seen=0, **scores)
         for step in range(first, config.num_steps):
             engine.version = step
             requests = requests_of(schedule.visits(step), tasks, config.temperature)
             rollouts, rows = sample_and_score(engine, requests, stage.teachers, teachers)
             rate = learning_rate_factor(step, num_steps=config.num_steps, config=config.optimizer)
             learned = learner.step(rows, learning_rate_factor=rate) if rows else {}
+            tokens_seen += sum(len(row.example.positions) for row in rows)
             numbers = {name: float(value) for name, value in learned.items()}
             numbers |= describe(rollouts, num_skipped=len(rollouts) - len(rows))
+            numbers |= {"tokens_seen": tokens_seen, **score(step + 1)}
             job.metrics.log(step + 1, config.num_steps, **numbers)
             if (step + 1) % config.checkpoint_every == 0:
                 save_step(saved, step=step + 1, model=model, optimizer=learner.optimizer)
     save_checkpoint(model, tokenizer, job.out / "checkpoint")
     saved.unlink(missing_ok=True)
+
+
+@contextmanager
+def open_tasks(stage: OpdStage, tokenizer: Any, job: Job) -> Generator[dict[str, Task]]:
+    """The domains at work by name; their graders and tools end with the context."""
+    with ExitStack() as stack:
+        yield {
+            spec.name: stack.enter_context(
+                closing(Task(spec, tokenizer, folder=job.folder, seed=job.seed))
+            )
+            for spec in stage.domains
+        }
+
+
+def scorer(
+    engine: Engine, tasks: Mapping[str, Task], config: DistillConfig
+) -> Callable[[int], dict[str, float]]:
+    """Given how many steps are done, the student's scores where they are due, else nothing."""
+    if not config.evaluate_every:
+        return lambda _: {}
+    requests = heldout_requests(
+        tasks, num_prompts=config.evaluate_prompts, num_samples=config.evaluate_samples
+    )
+
+    def score(step: int) -> dict[str, float]:
+        is_due = step % config.evaluate_every == 0 or step == config.num_steps
+        return sampled_scores(engine, requests, tasks) if is_due else {}
+
+    return score
 
 
 def make_learner(stage: OpdStage, model: Any, teachers: Teachers) -> Learner:

@@ -18,7 +18,6 @@ import torch
 
 from posttrain.checkpoints import load_model, load_tokenizer
 from posttrain.domains import DomainSpec, Row
-from posttrain.errors import DataError
 from posttrain.evaluate_config import EvaluateConfig, EvaluateStage
 from posttrain.files import write_atomic
 from posttrain.intervals import mean_interval
@@ -26,7 +25,7 @@ from posttrain.job import Job
 from posttrain.metrics import Metrics
 from posttrain.rollout.engine import Engine
 from posttrain.rollout.types import Request, Rollout
-from posttrain.tasks import Task
+from posttrain.tasks import Task, heldout_rows
 from rewards.score import Score
 
 
@@ -144,17 +143,6 @@ def evaluate_checkpoint(
         domains={name: scores for name, (scores, _) in zip(tasks, parts, strict=True)},
         transcripts=[t for _, transcripts in parts for t in transcripts],
     )
-
-
-def heldout_rows(task: Task, num_prompts: int | None) -> list[Row]:
-    """The first `num_prompts` held-out rows. Raises DataError where there is none."""
-    rows = task.heldout[:num_prompts]
-    if not rows:
-        raise DataError(
-            f"domain {task.name!r} has no held-out prompt to evaluate on (its {len(task.train)} "
-            "prompts are all for training): give it more rows or raise its heldout_share"
-        )
-    return rows
 
 
 def requests_of(task: Task, rows: list[Row], config: EvaluateConfig) -> list[Request]:

@@ -236,6 +236,17 @@ class Task:
             self._grader.close()
 
 
+def heldout_rows(task: Task, num_prompts: int | None) -> list[Row]:
+    """The first `num_prompts` held-out rows. Raises DataError where there is none."""
+    rows = task.heldout[:num_prompts]
+    if not rows:
+        raise DataError(
+            f"domain {task.name!r} has no held-out prompt to evaluate on (its {len(task.train)} "
+            "prompts are all for training): give it more rows or raise its heldout_share"
+        )
+    return rows
+
+
 def spans(rollout: Rollout) -> list[tuple[bool, list[int]]]:
     """The response cut where is_own changes: own spans are the model's turns."""
     found: list[tuple[bool, list[int]]] = []

@@ -5,6 +5,7 @@ parameters. What a run directory has seen of a stage tells more than any of this
 """
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,9 +76,12 @@ def cost_of(config: Config) -> Cost:
         sampled, row = _response_tokens(config.domains), _row_tokens(config.domains)
         return Cost(trained=rows * row, sampled=rows * sampled)
     if isinstance(config, OpdStage):
-        rows = config.distill.num_steps * config.distill.prompts_per_step
+        how = config.distill
+        rows = how.num_steps * how.prompts_per_step
+        answers = len(config.domains) * how.evaluate_prompts * how.evaluate_samples
+        answers *= 1 + math.ceil(how.num_steps / how.evaluate_every) if how.evaluate_every else 0
         sampled, row = _response_tokens(config.domains), _row_tokens(config.domains)
-        return Cost(trained=rows * row, sampled=rows * sampled, scored=rows * row)
+        return Cost(trained=rows * row, sampled=(rows + answers) * sampled, scored=rows * row)
     if isinstance(config, EvaluateStage):
         how = config.evaluate
         answers = how.samples_per_prompt + int(how.greedy)

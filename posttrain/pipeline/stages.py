@@ -42,7 +42,8 @@ ALONE_THREADS = 2
 """The base is made while nothing else runs: with so many times the threads of other stages."""
 
 UNREWARDED = ("reward", "reward_timeout_s")
-"""Fields of a domain that pretraining, SFT and OPD do not read: they grade nothing."""
+"""Fields of a domain that pretraining, SFT and, without `evaluate_every`, OPD do not read: they
+grade nothing."""
 
 
 @dataclass(frozen=True)
@@ -225,7 +226,9 @@ class _Builder:
         }
         inputs = {role: self.checkpoints[role] for role in teachers.values()}
         inputs[distill.start] = self.checkpoints[distill.start]
-        specs = [_without(spec, UNREWARDED) for spec in self._specs()]
+        specs = self._specs()
+        if not distill.evaluate_every:
+            specs = [_without(spec, UNREWARDED) for spec in specs]
         config = OpdStage(domains=specs, distill=distill, teachers=teachers)
         self.checkpoints[name] = self._add(
             name, "distill.opd:work", config, inputs, domains=specs, num_helpers=1

@@ -167,6 +167,33 @@ def test_a_teacher_of_other_tokens_is_refused_before_any_step(
     assert job.metrics.records() == []
 
 
+def test_scores_change_no_weight_and_count_the_tokens_seen(make_job: Callable[[str], Job]) -> None:
+    plain, scored = make_job("plain"), make_job("scored")
+    work(stage(num_steps=3), plain)
+    work(stage(num_steps=3, evaluate_every=2, evaluate_prompts=2, evaluate_samples=3), scored)
+    wanted = weights(plain)
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in weights(scored).items())
+    records = {record["step"]: record for record in without_time(scored)}
+    assert [step for step in records if "score/macro" in records[step]] == [0, 2, 3]
+    assert records[0]["tokens_seen"] == 0
+    for step, without in enumerate(without_time(plain), start=1):
+        learned = sum(value for name, value in without.items() if name.startswith("tokens/"))
+        assert without["tokens_seen"] - records[step - 1]["tokens_seen"] == learned
+        assert without == {name: records[step][name] for name in without}
+
+
+def test_a_killed_run_scores_again_to_the_same_numbers(make_job: Callable[[str], Job]) -> None:
+    straight, killed = make_job("straight"), make_job("killed")
+    work(stage(evaluate_every=1), straight)
+    for step in (1, 4):
+        metrics = KilledAt(killed.metrics.path, step=step)
+        with pytest.raises(KeyboardInterrupt):
+            work(stage(evaluate_every=1), replace(killed, metrics=metrics))
+    resumed = replace(killed, metrics=Metrics(killed.metrics.path, stage="opd"))
+    work(stage(evaluate_every=1), resumed)
+    assert without_time(resumed) == without_time(straight)
+
+
 class Echo:
     """In an engine's and the teachers' place: says one token, and reads without a word."""
 

@@ -165,6 +165,14 @@ def test_a_reward_decides_nothing_where_nothing_is_graded(
     assert moved == {name for name in before if name.startswith("evaluate/")} | {"report"}
 
 
+def test_a_reward_decides_the_opd_that_is_scored_while_it_runs(folder: Path) -> None:
+    content = with_field("distill.evaluate_every", 5)
+    del content["domains"]["sums"]["grpo"], content["domains"]["words"]["grpo"]
+    before = keys(folder, content)
+    content["domains"]["sums"]["reward_timeout_s"] = 9.0
+    assert "opd" in changed(before, keys(folder, content))
+
+
 def test_the_length_of_answers_decides_what_opd_samples(folder: Path) -> None:
     moved = changed(
         keys(folder, CONTENT), keys(folder, with_field("domains.sums.max_new_tokens", 9))
