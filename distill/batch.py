@@ -16,7 +16,8 @@ from posttrain.rollout.types import Rollout
 @dataclass(frozen=True, slots=True)
 class Example:
     """What the models read of one rollout: for the prompt [5, 9] and the response [4, 8, 2] whose
-    8 is a tool's, `Example("math", "math-teacher", input_ids=[5, 9, 4, 8], positions=[1, 3])`."""
+    8 is a tool's, `Example("math", "math-teacher", input_ids=[5, 9, 4, 8], positions=[1, 3],
+    sampled=[4, 2])`."""
 
     domain: str
     teacher: str
@@ -25,6 +26,9 @@ class Example:
 
     positions: list[int]
     """Where the student's own tokens are predicted: t - 1 for the token at t, prompt included."""
+
+    sampled: list[int]
+    """Those own tokens, one for each position."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +45,9 @@ def example_from_rollout(rollout: Rollout, *, teacher: str) -> Example | None:
     positions = [start + t for t, is_own in enumerate(rollout.is_own) if is_own]
     if not positions:
         return None
-    input_ids = [*rollout.prompt, *rollout.response][: positions[-1] + 1]
-    return Example(rollout.domain, teacher, input_ids, positions)
+    token_ids = [*rollout.prompt, *rollout.response]
+    sampled = [token_ids[position + 1] for position in positions]
+    return Example(rollout.domain, teacher, token_ids[: positions[-1] + 1], positions, sampled)
 
 
 def pad_right(sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
@@ -62,6 +67,9 @@ class MicroBatch:
     position_N: Tensor
     """Index of each loss token's hidden state among the batch's, flattened to (B*S, H)."""
 
+    sampled_N: Tensor
+    """The loss tokens themselves."""
+
     domain_N: Tensor
     """Index of each loss token's domain."""
 
@@ -77,6 +85,7 @@ class MicroBatch:
             self.input_ids_BS.to(device),
             self.attention_mask_BS.to(device),
             self.position_N.to(device),
+            self.sampled_N.to(device),
             self.domain_N.to(device),
             self.row_tokens_N.to(device),
             [(name, tokens, hidden.to(device)) for name, tokens, hidden in self.groups],
@@ -101,6 +110,7 @@ def make_microbatch(rows: Sequence[ScoredExample], *, domains: Sequence[str]) ->
         input_ids_BS,
         attention_mask_BS,
         torch.tensor(places),
+        torch.tensor([token for example in examples for token in example.sampled]),
         domain_B.repeat_interleave(num_tokens),
         num_tokens.repeat_interleave(num_tokens),
         groups,

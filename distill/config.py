@@ -8,6 +8,21 @@ from posttrain.config import Config, OptimizerConfig
 from posttrain.domains import DomainSpec
 
 
+class DivergenceConfig(Config):
+    """How student and teacher are compared at a token; all but `reverse_kl` are ablations."""
+
+    kind: Literal["reverse_kl", "forward_kl", "jsd", "top_k", "sampled_token"] = "reverse_kl"
+    """`reverse_kl`: KL(student || teacher) over the whole vocabulary; `forward_kl`: KL(teacher ||
+    student); `jsd`: between the two; `top_k`: the reverse KL's terms of the teacher's likeliest
+    tokens alone; `sampled_token`: its estimate from the token that was sampled. `kl` is logged as
+    the reverse KL whatever is trained, at the cost of computing both, and what is trained as
+    `divergence`."""
+    beta: float = Field(default=0.5, gt=0, lt=1)
+    """The teacher's weight in the mixture of `jsd`."""
+    top_k: int = Field(default=32, ge=1)
+    """How many tokens `top_k` compares."""
+
+
 class DistillConfig(Config):
     """How the student is distilled; the same for every domain."""
 
@@ -32,6 +47,8 @@ class DistillConfig(Config):
     """What a token's KL is divided by. `domain`: the step's tokens of its domain (and multiplied by
     the domain's share); `token`: all tokens of the step; `sequence`: its row's tokens, and the
     number of rows."""
+    divergence: DivergenceConfig = DivergenceConfig()
+    """What is minimised at each token."""
     checkpoint_every: int = Field(default=20, ge=1)
     """Steps between two step checkpoints; a killed run loses at most that many."""
     num_slots: int = Field(default=64, ge=1)

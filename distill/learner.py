@@ -2,6 +2,8 @@
 
     L = sum over all tokens of the global batch of weight_n * KL(student || teacher)_n
 
+or another divergence of the two where it is asked for.
+
 Shapes: B rows, S padded length, N loss tokens, D domains, V vocabulary, H hidden size.
 """
 
@@ -14,11 +16,12 @@ from torch import Tensor, nn
 from distill.balance import Denominator, Totals, token_weights
 from distill.batch import MicroBatch, ScoredExample, microbatches
 from distill.causal_lm import head_weight, hidden_states
+from distill.divergences import Kind, divergence
 from distill.mesh import Mesh
-from distill.reverse_kl import reverse_kl
+from distill.reverse_kl import ReverseKL, reverse_kl
 from posttrain.backbone.auxiliary import scale_own_losses
 
-SUMS = ("kl", "entropy", "loss", "squared_gradient", "tokens")
+SUMS = ("kl", "divergence", "entropy", "loss", "squared_gradient", "tokens")
 """What is summed over each domain's tokens."""
 
 
@@ -51,12 +54,15 @@ class Learner:
         shares: Mapping[str, float],
         head: Callable[[str], Tensor],
         denominator: Denominator = "domain",
+        divergence: Kind = "reverse_kl",
+        beta: float = 0.5,
+        top_k: int = 32,
         temperature: float = 1.0,
         rows_per_microbatch: int = 64,
         max_grad_norm: float = 1.0,
     ) -> None:
         """`shares` gives each domain its share of the loss, in any unit; `head(teacher)` a
-        teacher's head (V, Hi)."""
+        teacher's head (V, Hi); `beta` and `top_k` belong to the divergences of those names."""
         self.mesh = Mesh()
         self.student, self.optimizer = self.mesh.prepare(Student(model), optimizer)
         self.peak_rates = [group["lr"] for group in self.optimizer.param_groups]
@@ -64,6 +70,8 @@ class Learner:
         self.share_D = self._tensor(list(shares.values()))
         self.head = head
         self.denominator: Denominator = denominator
+        self.kind: Kind = divergence
+        self.options = {"beta": beta, "top_k": top_k}
         self.temperature = temperature
         self.rows_per_microbatch = rows_per_microbatch
         self.max_grad_norm = max_grad_norm
@@ -116,39 +124,64 @@ class Learner:
         share = batch.attention_mask_BS.sum() / totals.num_inputs * self.mesh.size
         hidden_NH, head_VH = self.student(batch, share.float())
         hidden_NH.retain_grad()
-        kls = [
-            reverse_kl(
+        compared = [
+            self._compare(
                 hidden_NH[tokens],
                 head_VH,
-                [(teacher_NH, self.head(teacher).to(teacher_NH.device))],
+                (teacher_NH, self.head(teacher).to(teacher_NH.device)),
                 row_weight=weight_N[tokens],
-                temperature=self.temperature,
+                sampled=batch.sampled_N[tokens],
             )
             for teacher, tokens, teacher_NH in batch.groups
         ]
-        self.mesh.backward(torch.stack([kl.loss for kl in kls]).sum())
-        kl_N = torch.cat([kl.per_token for kl in kls]).double()
-        entropy_N = torch.cat([kl.entropy for kl in kls]).double()
+        self.mesh.backward(torch.stack([found.loss for found, _ in compared]).sum())
+        divergence_N = torch.cat([found.per_token for found, _ in compared]).double()
+        kl_N = torch.cat([kl_N for _, kl_N in compared]).double()
+        entropy_N = torch.cat([found.entropy for found, _ in compared]).double()
         assert hidden_NH.grad is not None
         gradient_N = hidden_NH.grad.double().square().sum(dim=-1) / self.mesh.size**2
-        columns = (kl_N, entropy_N, weight_N * kl_N, gradient_N, torch.ones_like(kl_N))
+        loss_N, one_N = weight_N * divergence_N, torch.ones_like(kl_N)
+        columns = (kl_N, divergence_N, entropy_N, loss_N, gradient_N, one_N)
         sums_DK = self.share_D.new_zeros(len(self.domains), len(SUMS))
         return sums_DK.index_add_(0, batch.domain_N, torch.stack(columns, dim=-1))
+
+    def _compare(
+        self,
+        hidden_NH: Tensor,
+        head_VH: Tensor,
+        teacher: tuple[Tensor, Tensor],
+        *,
+        row_weight: Tensor,
+        sampled: Tensor,
+    ) -> tuple[ReverseKL, Tensor]:
+        """What is minimised, and the reverse KL (N,), whether or not that is it."""
+        options: Any = {"row_weight": row_weight, "temperature": self.temperature}
+        if self.kind == "reverse_kl":
+            found = reverse_kl(hidden_NH, head_VH, [teacher], **options)
+            return found, found.per_token
+        with torch.no_grad():
+            kl = reverse_kl(hidden_NH, head_VH, [teacher], **options)
+        options |= {"sampled": sampled, **self.options}
+        return divergence(self.kind, hidden_NH, head_VH, [teacher], **options), kl.per_token
 
     def _metrics(self, sums_DK: Tensor) -> dict[str, Tensor]:
         """By name, `kl/<domain>` and so on for the domains present; all in nats a token.
 
-        `share` is a domain's share of the loss, `hidden_grad` the norm of the loss's gradient at
-        the hidden states of its tokens.
+        `kl` is the reverse KL, `divergence` what is minimised in its place, if anything; `share` is
+        a domain's share of the loss, `hidden_grad` the norm of the loss's gradient at the hidden
+        states of its tokens.
         """
         total_loss = sums_DK[:, SUMS.index("loss")].sum()
+        whole = torch.where(total_loss == 0, 1.0, total_loss)
         metrics = {"loss": total_loss}
         for domain, row_K in zip(self.domains, sums_DK, strict=True):
             sums = dict(zip(SUMS, row_K, strict=True))
             if sums["tokens"] > 0:
                 metrics[f"kl/{domain}"] = sums["kl"] / sums["tokens"]
+                if self.kind != "reverse_kl":
+                    metrics[f"divergence/{domain}"] = sums["divergence"] / sums["tokens"]
                 metrics[f"entropy/{domain}"] = sums["entropy"] / sums["tokens"]
-                metrics[f"share/{domain}"] = sums["loss"] / total_loss.clamp(min=1e-12)
+                metrics[f"share/{domain}"] = sums["loss"] / whole
                 metrics[f"hidden_grad/{domain}"] = sums["squared_gradient"].sqrt()
                 metrics[f"tokens/{domain}"] = sums["tokens"]
         kls = [value for name, value in metrics.items() if name.startswith("kl/")]

@@ -2,12 +2,14 @@
 
 import subprocess
 import sys
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from pydantic import ValidationError
 
-from distill.config import DistillConfig, OpdStage
+from distill.balance import Denominator
+from distill.config import DistillConfig, DivergenceConfig, OpdStage
+from distill.divergences import Kind
 
 DOMAINS: list[dict[str, Any]] = [
     {"name": name, "data": {"jsonl": f"{name}.jsonl"}, "reward": "exact"} for name in ("a", "b")
@@ -34,6 +36,14 @@ def test_shares_of_unknown_domains_and_shares_not_above_zero_are_refused() -> No
         stage(distill={"domain_shares": {"c": 1}})
     with pytest.raises(ValidationError, match=r"above 0, found \{'a': 0.0\}"):
         DistillConfig(domain_shares={"a": 0})
+
+
+def test_the_divergences_of_a_recipe_are_those_of_the_loss() -> None:
+    kinds = DivergenceConfig.model_fields["kind"].annotation
+    assert get_args(kinds) == get_args(Kind)
+    assert get_args(DistillConfig.model_fields["denominator"].annotation) == get_args(Denominator)
+    with pytest.raises(ValidationError, match="beta"):
+        DistillConfig.model_validate({"divergence": {"kind": "jsd", "beta": 1.0}})
 
 
 def test_the_config_imports_no_torch() -> None:

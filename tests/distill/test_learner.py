@@ -11,6 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from distill.balance import Denominator
 from distill.batch import Example, ScoredExample
 from distill.causal_lm import head_weight
+from distill.divergences import Kind
 from distill.learner import Learner
 from posttrain.backbone.auxiliary import scale_own_losses
 from posttrain.errors import CheckpointError
@@ -18,6 +19,9 @@ from posttrain.errors import CheckpointError
 VOCAB = 40
 Models = Callable[[], tuple[Any, dict[str, Any]]]
 """Makes a student and its teachers."""
+
+Measure = Callable[[Tensor, Tensor, int], Tensor]
+"""(logp_V, logq_V, the token that was sampled) -> a token's divergence."""
 
 SHARES = {"code": 1.0, "mathematics": 3.0}
 TEACHERS = {"code": "teacher/code", "mathematics": "teacher/mathematics"}
@@ -34,13 +38,12 @@ ROWS = (
 
 def examples() -> list[Example]:
     generator = torch.Generator().manual_seed(5)
+
+    def tokens(number: int) -> list[int]:
+        return torch.randint(3, VOCAB, (number,), generator=generator).tolist()
+
     return [
-        Example(
-            domain,
-            TEACHERS[domain],
-            torch.randint(3, VOCAB, (length,), generator=generator).tolist(),
-            positions,
-        )
+        Example(domain, TEACHERS[domain], tokens(length), positions, tokens(len(positions)))
         for domain, length, positions in ROWS
     ]
 
@@ -70,6 +73,7 @@ class Update:
         *,
         rows_per_microbatch: int = 2,
         denominator: Denominator = "domain",
+        divergence: Kind = "reverse_kl",
     ) -> None:
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
         learner = Learner(
@@ -78,6 +82,9 @@ class Update:
             shares=SHARES,
             head=lambda name: teachers[name].get_output_embeddings().weight,
             denominator=denominator,
+            divergence=divergence,
+            beta=0.3,
+            top_k=3,
             temperature=0.8,
             rows_per_microbatch=rows_per_microbatch,
             max_grad_norm=1e9,
@@ -108,7 +115,44 @@ def models(make_model: Callable[..., Any]) -> Models:
     return make
 
 
-def dense_loss(model: Any, teachers: dict[str, Any], weight: dict[str, float]) -> Tensor:
+def reverse_kl(logp: Tensor, logq: Tensor, token: int) -> Tensor:
+    return (logp.exp() * (logp - logq)).sum()
+
+
+def forward_kl(logp: Tensor, logq: Tensor, token: int) -> Tensor:
+    return (logq.exp() * (logq - logp)).sum()
+
+
+def jsd(logp: Tensor, logq: Tensor, token: int) -> Tensor:
+    logm = (0.3 * logq.exp() + 0.7 * logp.exp()).log()
+    return 0.3 * forward_kl(logm, logq, token) + 0.7 * reverse_kl(logp, logm, token)
+
+
+def top_3(logp: Tensor, logq: Tensor, token: int) -> Tensor:
+    top = logq.topk(3).indices
+    return reverse_kl(logp[top], logq[top], token)
+
+
+def sampled_token(logp: Tensor, logq: Tensor, token: int) -> Tensor:
+    ratio = (logp[token] - logq[token]).detach()
+    return ratio * (1 + logp[token] - logp[token].detach())  # its value, and its score's gradient
+
+
+MEASURES: dict[Kind, Measure] = {
+    "reverse_kl": reverse_kl,
+    "forward_kl": forward_kl,
+    "jsd": jsd,
+    "top_k": top_3,
+    "sampled_token": sampled_token,
+}
+
+
+def dense_loss(
+    model: Any,
+    teachers: dict[str, Any],
+    weight: dict[str, float],
+    measure: Measure = reverse_kl,
+) -> Tensor:
     """Row by row and token by token from whole logits; `weight` of one token of each domain."""
     loss = torch.zeros(())
     for row in examples():
@@ -118,25 +162,31 @@ def dense_loss(model: Any, teachers: dict[str, Any], weight: dict[str, float]) -
         logits = model(ids).logits[0]
         with torch.no_grad():
             teacher_logits = teachers[row.teacher](ids).logits[0]
-        for position in row.positions:
+        for position, token in zip(row.positions, row.sampled, strict=True):
             logp = (logits[position].double() / 0.8).log_softmax(-1)
             logq = (teacher_logits[position].double() / 0.8).log_softmax(-1)
-            loss = loss + weight[row.domain] * (logp.exp() * (logp - logq)).sum()
+            loss = loss + weight[row.domain] * measure(logp, logq, token)
     return loss
 
 
-def test_a_step_equals_a_dense_loop_over_unpadded_rows(models: Models) -> None:
+@pytest.mark.parametrize("kind", MEASURES)
+def test_a_step_equals_a_dense_loop_over_unpadded_rows(models: Models, kind: Kind) -> None:
     model, teachers = models()
     # 12 tokens of code with a quarter of the loss, 7 of mathematics with three quarters
-    loss = dense_loss(model, teachers, {"code": 0.25 / 12, "mathematics": 0.75 / 7})
+    weight = {"code": 0.25 / 12, "mathematics": 0.75 / 7}
+    with torch.no_grad():
+        kl = dense_loss(model, teachers, weight)
+    loss = dense_loss(model, teachers, weight, MEASURES[kind])
     loss.backward()
     wanted = {
         name: torch.zeros_like(p) if p.grad is None else p.grad.clone()
         for name, p in model.named_parameters()
     }
     model.zero_grad()
-    update = Update(model, teachers, examples())
-    torch.testing.assert_close(update.metrics["loss"], loss.detach(), rtol=1e-5, atol=0)
+    update = Update(model, teachers, examples(), divergence=kind)
+    torch.testing.assert_close(update.metrics["loss"], loss.detach(), rtol=1e-5, atol=1e-6)
+    found = 0.25 * update.metrics["kl/code"] + 0.75 * update.metrics["kl/mathematics"]
+    torch.testing.assert_close(found, kl, rtol=1e-5, atol=0)
     for name, gradient in wanted.items():
         torch.testing.assert_close(update.gradients[name], gradient, rtol=1e-4, atol=2e-6)
 

@@ -120,6 +120,21 @@ def test_the_student_comes_closer_to_every_teacher(make_job: Callable[[str], Job
         assert last[f"kl/{domain}"] < 0.5 * first[f"kl/{domain}"]
 
 
+def test_an_ablation_logs_what_it_minimises_beside_the_reverse_kl(
+    make_job: Callable[[str], Job],
+) -> None:
+    whole, ablation = make_job("whole"), make_job("ablation")
+    work(stage(num_steps=1), whole)
+    work(stage(num_steps=1, divergence={"kind": "jsd", "beta": 0.9}), ablation)
+    (wanted,), (found,) = whole.metrics.records(), ablation.metrics.records()
+    for domain in DOMAINS:
+        assert found[f"kl/{domain}"] == pytest.approx(wanted[f"kl/{domain}"], rel=1e-5)
+    assert found["loss"] == pytest.approx(
+        sum(found[f"divergence/{domain}"] for domain in DOMAINS) / 2, rel=1e-6
+    )
+    assert found["loss"] < 0.5 * wanted["loss"]  # 0.9 KL(q || m) + 0.1 KL(p || m), m nearly q
+
+
 def test_a_student_that_starts_as_its_teacher_has_nothing_to_learn(
     make_job: Callable[[str], Job],
 ) -> None:
