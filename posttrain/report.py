@@ -1,8 +1,8 @@
 """The last stage: a run's numbers as report.json, and as report.html, one page without a link out.
 
 report.json holds `checkpoints`, `headroom` and `seconds`, and besides `tokens` (those with loss, by
-stage), `headroom_intervals`, `differences`, `failures`, `samples`, `verdict` and `versions`. Both
-files say the same.
+stage), `progress` (scores while a stage ran), `headroom_intervals`, `differences`, `failures`,
+`samples`, `verdict` and `versions`. Both files say the same.
 """
 
 import json
@@ -60,6 +60,7 @@ def to_json(stage: ReportStage, run: Run, numbers: Numbers) -> dict[str, Any]:
         "differences": numbers.differences,
         "seconds": run.seconds,
         "tokens": run.tokens,
+        "progress": run.progress,
         "failures": failures_of(run),
         "samples": run.transcripts,
         "versions": versions(),

@@ -44,6 +44,22 @@ class Run:
         }
         return {stage: count for stage, count in counted.items() if count}
 
+    @property
+    def progress(self) -> dict[str, list[dict[str, float]]]:
+        """stage -> its scores by domain and macro while it ran, and `tokens_seen` before each."""
+        found: dict[str, list[dict[str, float]]] = {}
+        for stage, records in self.records.items():
+            for record in records:
+                scores = {
+                    name.removeprefix("score/"): value
+                    for name, value in record.items()
+                    if name.startswith("score/")
+                }
+                if scores:
+                    point = {"tokens_seen": record["tokens_seen"], **scores}
+                    found.setdefault(stage, []).append(point)
+        return found
+
 
 def read_run(inputs: Mapping[str, Path]) -> Run:
     """Read the finished stages that a report was given, by role (see ReportStage)."""

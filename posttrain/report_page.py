@@ -209,17 +209,20 @@ def curves(run: Run, domains: Sequence[str]) -> list[dict[str, Any]]:
 
 def score_curves(run: Run, domains: Sequence[str]) -> tuple[list[Panel], list[tuple[str, int]]]:
     """Distillation's score while it runs, beside its ablations', and which line is whose."""
-    stages = [n for n in run.records if n == "opd" or n.startswith(ABLATION)]
-    colours = {name: i % 7 + 1 for i, name in enumerate(stages)}
+    progress = {n: points for n, points in run.progress.items() if len(points) > 1}
+    colours = {name: i % 7 + 1 for i, name in enumerate(progress)}
     panels: list[Panel] = []
-    for column in (MACRO, *domains):
+    for column in (MACRO, *domains) if progress else ():
         lines = [
-            Series(name, *points, colours[name])
-            for name in stages
-            if len((points := points_of(run, name, f"score/{column}", by="tokens_seen"))[0]) > 1
+            Series(
+                name,
+                [point["tokens_seen"] for point in points],
+                [point[column] for point in points],
+                colours[name],
+            )
+            for name, points in progress.items()
         ]
-        if lines:
-            panels.append(Panel(column, "", panel(lines, "score", is_share=True)))
+        panels.append(Panel(column, "", panel(lines, "score", is_share=True)))
     return panels, [(label(name), colour) for name, colour in colours.items()]
 
 
@@ -254,15 +257,9 @@ def has(run: Run, stage: str, key: str) -> bool:
 
 def series_of(run: Run, stage: str, key: str, domains: Sequence[str], name: str = "") -> Series:
     """A stage's figure by step, without the steps that lack it, in the colour of its domain."""
-    return Series(name or stage, *points_of(run, stage, key), colour_of(name or stage, domains))
-
-
-def points_of(
-    run: Run, stage: str, key: str, *, by: str = "step"
-) -> tuple[list[float], list[float]]:
-    """Where a stage logged a figure, and the figure."""
-    points = [(r[by], r[key]) for r in run.records[stage] if r.get(key) is not None]
-    return [float(s) for s, _ in points], [float(v) for _, v in points]
+    points = [(r["step"], r[key]) for r in run.records[stage] if r.get(key) is not None]
+    steps, values = [float(s) for s, _ in points], [float(v) for _, v in points]
+    return Series(name or stage, steps, values, colour_of(name or stage, domains))
 
 
 def colour_of(name: str, domains: Sequence[str]) -> int:
