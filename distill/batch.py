@@ -1,10 +1,10 @@
 """Rows to learn from, and the padded tensors that are made of them.
 
-Shapes: B rows, S padded length, N loss tokens, H hidden size of a row's teacher.
+Shapes: B rows, S padded length, N loss tokens, n teachers of a row, Hi hidden size of teacher i.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 import torch
@@ -16,11 +16,13 @@ from posttrain.rollout.types import Rollout
 @dataclass(frozen=True, slots=True)
 class Example:
     """What the models read of one rollout: for the prompt [5, 9] and the response [4, 8, 2] whose
-    8 is a tool's, `Example("math", "math-teacher", input_ids=[5, 9, 4, 8], positions=[1, 3],
-    sampled=[4, 2])`."""
+    8 is a tool's, `Example("math", {"math-teacher": 1.0}, input_ids=[5, 9, 4, 8],
+    positions=[1, 3], sampled=[4, 2])`."""
 
     domain: str
-    teacher: str
+    teachers: Mapping[str, float]
+    """Who reads the row, and the weight of the KL to each."""
+
     input_ids: list[int]
     """Prompt and response, up to the last position that predicts an own token."""
 
@@ -30,16 +32,21 @@ class Example:
     sampled: list[int]
     """Those own tokens, one for each position."""
 
+    @property
+    def teacher_names(self) -> tuple[str, ...]:
+        """In the order in which a micro-batch holds them."""
+        return tuple(sorted(self.teachers))
+
 
 @dataclass(frozen=True, slots=True)
 class ScoredExample:
-    """An example and its teacher's last hidden states at its positions, [len(positions), H]."""
+    """An example and, by teacher, the last hidden states at its positions, [len(positions), Hi]."""
 
     example: Example
-    teacher_hidden: Tensor
+    teacher_hidden: Mapping[str, Tensor]
 
 
-def example_from_rollout(rollout: Rollout, *, teacher: str) -> Example | None:
+def example_from_rollout(rollout: Rollout, *, teachers: Mapping[str, float]) -> Example | None:
     """None where the rollout holds no own token: nothing can be learned from it."""
     start = len(rollout.prompt) - 1
     positions = [start + t for t, is_own in enumerate(rollout.is_own) if is_own]
@@ -47,7 +54,7 @@ def example_from_rollout(rollout: Rollout, *, teacher: str) -> Example | None:
         return None
     token_ids = [*rollout.prompt, *rollout.response]
     sampled = [token_ids[position + 1] for position in positions]
-    return Example(rollout.domain, teacher, token_ids[: positions[-1] + 1], positions, sampled)
+    return Example(rollout.domain, teachers, token_ids[: positions[-1] + 1], positions, sampled)
 
 
 def pad_right(sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
@@ -59,8 +66,21 @@ def pad_right(sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
 
 
 @dataclass(frozen=True, slots=True)
+class Group:
+    """The loss tokens of a micro-batch that the same teachers read."""
+
+    teachers: tuple[str, ...]
+    tokens: slice
+    mixture_Nn: Tensor
+    """Each teacher's weight at each of these tokens."""
+
+    hidden: list[Tensor]
+    """Each teacher's hidden states of these tokens, (N, Hi)."""
+
+
+@dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """Rows that are in memory at once, right-padded, the rows of one teacher side by side."""
+    """Rows that are in memory at once, right-padded, the rows of the same teachers side by side."""
 
     input_ids_BS: Tensor
     attention_mask_BS: Tensor
@@ -76,11 +96,18 @@ class MicroBatch:
     row_tokens_N: Tensor
     """Loss tokens in the row of each loss token."""
 
-    groups: list[tuple[str, slice, Tensor]]
-    """One for each teacher: its name, its loss tokens and its hidden states of them."""
+    groups: list[Group]
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The same tensors on the device."""
+        moved = [
+            replace(
+                group,
+                mixture_Nn=group.mixture_Nn.to(device),
+                hidden=[hidden.to(device) for hidden in group.hidden],
+            )
+            for group in self.groups
+        ]
         return MicroBatch(
             self.input_ids_BS.to(device),
             self.attention_mask_BS.to(device),
@@ -88,24 +115,18 @@ class MicroBatch:
             self.sampled_N.to(device),
             self.domain_N.to(device),
             self.row_tokens_N.to(device),
-            [(name, tokens, hidden.to(device)) for name, tokens, hidden in self.groups],
+            moved,
         )
 
 
 def make_microbatch(rows: Sequence[ScoredExample], *, domains: Sequence[str]) -> MicroBatch:
-    """One micro-batch of rows that are sorted by teacher; `domains` gives each domain its index."""
+    """One micro-batch of rows that are sorted by teachers; `domains` gives each its index."""
     examples = [row.example for row in rows]
     input_ids_BS, attention_mask_BS = pad_right([example.input_ids for example in examples])
     width = input_ids_BS.shape[1]
     num_tokens = torch.tensor([len(example.positions) for example in examples])
     places = [b * width + p for b, example in enumerate(examples) for p in example.positions]
     domain_B = torch.tensor([domains.index(example.domain) for example in examples])
-    groups: list[tuple[str, slice, Tensor]] = []
-    start = 0
-    for name, group in groupby(rows, key=lambda row: row.example.teacher):
-        hidden_NH = torch.cat([row.teacher_hidden for row in group])
-        groups.append((name, slice(start, start + len(hidden_NH)), hidden_NH))
-        start += len(hidden_NH)
     return MicroBatch(
         input_ids_BS,
         attention_mask_BS,
@@ -113,15 +134,41 @@ def make_microbatch(rows: Sequence[ScoredExample], *, domains: Sequence[str]) ->
         torch.tensor([token for example in examples for token in example.sampled]),
         domain_B.repeat_interleave(num_tokens),
         num_tokens.repeat_interleave(num_tokens),
-        groups,
+        list(_groups(rows)),
     )
 
 
+def _groups(rows: Sequence[ScoredExample]) -> Iterator[Group]:
+    start = 0
+    for names, found in groupby(rows, key=lambda row: row.example.teacher_names):
+        group = list(found)
+        mixture_Bn = torch.tensor([[row.example.teachers[name] for name in names] for row in group])
+        num_tokens = torch.tensor([len(row.example.positions) for row in group])
+        mixture_Nn = mixture_Bn.double().repeat_interleave(num_tokens, dim=0)
+        hidden = [torch.cat([row.teacher_hidden[name] for row in group]) for name in names]
+        yield Group(names, slice(start, start + len(mixture_Nn)), mixture_Nn, hidden)
+        start += len(mixture_Nn)
+
+
 def microbatches(
-    rows: Sequence[ScoredExample], *, num_rows: int, domains: Sequence[str]
+    rows: Sequence[ScoredExample],
+    *,
+    num_rows: int,
+    domains: Sequence[str],
+    num_tokens: int | None = None,
 ) -> Iterator[MicroBatch]:
-    """All rows, `num_rows` at a time: sorted by teacher, so that each head is needed once, and by
-    length, so that little is padded."""
-    order = sorted(rows, key=lambda row: (row.example.teacher, len(row.example.input_ids)))
-    for start in range(0, len(order), num_rows):
-        yield make_microbatch(order[start : start + num_rows], domains=domains)
+    """All rows, at most `num_rows` and, padding included, `num_tokens` tokens at a time (one row
+    may have more): sorted by teachers, so that each head is needed once, and by length, so that
+    little is padded."""
+    order = sorted(rows, key=lambda row: (row.example.teacher_names, len(row.example.input_ids)))
+    batch: list[ScoredExample] = []
+    longest = 0
+    for row in order:
+        longest = max(longest, len(row.example.input_ids))
+        is_long = num_tokens is not None and (len(batch) + 1) * longest > num_tokens
+        if batch and (len(batch) == num_rows or is_long):
+            yield make_microbatch(batch, domains=domains)
+            batch, longest = [], len(row.example.input_ids)
+        batch.append(row)
+    if batch:
+        yield make_microbatch(batch, domains=domains)

@@ -1,11 +1,25 @@
 """What a recipe says about on-policy distillation. Imports no torch, so that checks are fast."""
 
+from collections.abc import Mapping
 from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from posttrain.config import Config, OptimizerConfig
 from posttrain.domains import DomainSpec
+
+BASE = "base"
+"""The teacher that holds the student back: the recipe's base."""
+
+
+def check_weights(weights: Mapping[str, float], *, of: str) -> None:
+    """Raise ValueError unless there are some, and each is above 0."""
+    wrong = {name: weight for name, weight in weights.items() if not weight > 0}
+    if wrong or not weights:
+        raise ValueError(
+            f"{of} need weights above 0, found {wrong or 'no teacher'}: leave out who is not to "
+            "teach, and name at least one"
+        )
 
 
 class DivergenceConfig(Config):
@@ -40,6 +54,12 @@ class DistillConfig(Config):
     rows_per_microbatch: int = Field(default=64, ge=1)
     """Rows in memory at once, on the learner and on a teacher. Changes speed and memory, never
     the result beyond rounding."""
+    tokens_per_microbatch: int | None = Field(default=None, ge=1)
+    """Tokens in memory at once on the learner, padding included, where rows differ much in length;
+    one row may have more. Null: rows_per_microbatch alone decides. Never changes the result beyond
+    rounding."""
+    kl_to_base: float = Field(default=0.0, ge=0)
+    """Weight of the KL to the base, which joins every row's teachers; theirs sum to 1. 0: none."""
     domain_shares: dict[str, float] | None = None
     """Each domain's share of the loss, in any unit and 1 where not named; they are normalised over
     the domains that a step holds. Used by the `domain` denominator."""
@@ -66,6 +86,16 @@ class DistillConfig(Config):
     evaluate_samples: int = Field(default=1, ge=1)
     """Samples of each of these prompts, at temperature 1 and with the same seeds every time."""
 
+    @model_validator(mode="after")
+    def the_kl_to_the_base_joins_a_kl(self) -> Self:
+        if self.kl_to_base and self.divergence.kind != "reverse_kl":
+            raise ValueError(
+                f"kl_to_base is {self.kl_to_base:g}, but divergence.kind is "
+                f"{self.divergence.kind}, which would be taken of the base too: set kl_to_base to "
+                "0, or the kind to reverse_kl"
+            )
+        return self
+
     @field_validator("domain_shares")
     @classmethod
     def shares_are_positive(cls, shares: dict[str, float] | None) -> dict[str, float] | None:
@@ -85,17 +115,27 @@ class OpdStage(Config):
     """Where the prompts come from."""
     distill: DistillConfig
     """How the student is distilled."""
-    teachers: dict[str, str]
+    teachers: dict[str, str | dict[str, float]]
     """Domain to its teacher: a stage input such as "specialist/mathematics", or the path of a
-    checkpoint relative to the recipe."""
+    checkpoint relative to the recipe; or several of these, each with its weight."""
+
+    @field_validator("teachers")
+    @classmethod
+    def weights_are_positive(
+        cls, teachers: dict[str, str | dict[str, float]]
+    ) -> dict[str, str | dict[str, float]]:
+        for domain, mixture in teachers.items():
+            if not isinstance(mixture, str):
+                check_weights(mixture, of=f"the teachers of {domain}")
+        return teachers
 
     @model_validator(mode="after")
-    def every_domain_has_one_teacher(self) -> Self:
+    def every_domain_has_teachers(self) -> Self:
         names = [domain.name for domain in self.domains]
         if sorted(self.teachers) != sorted(names):
             raise ValueError(
                 f"teachers names {sorted(self.teachers)}, but the domains are {sorted(names)}: "
-                "give one teacher for each domain and no other"
+                "give teachers for each domain and for no other"
             )
         return self
 
@@ -108,6 +148,25 @@ class OpdStage(Config):
                 f"{sorted(self.teachers)}: remove the former or rename them"
             )
         return self
+
+    @property
+    def mixtures(self) -> dict[str, dict[str, float]]:
+        """Each domain's teachers with their weights, which sum to 1, and the base with that of the
+        KL to it."""
+        found: dict[str, dict[str, float]] = {}
+        for domain, given in self.teachers.items():
+            weights = {given: 1.0} if isinstance(given, str) else given
+            total = sum(weights.values())
+            found[domain] = {name: weight / total for name, weight in weights.items()}
+            if self.distill.kl_to_base:
+                already = found[domain].get(BASE, 0.0)
+                found[domain][BASE] = already + self.distill.kl_to_base
+        return found
+
+    @property
+    def teacher_names(self) -> list[str]:
+        """All teachers, each once."""
+        return sorted({name for mixture in self.mixtures.values() for name in mixture})
 
     @property
     def shares(self) -> dict[str, float]:

@@ -21,7 +21,7 @@ def hire_teachers(stage: OpdStage, student_tokenizer: Any, job: Job) -> Teachers
     Raises TokenizerMismatch for a teacher of other tokens, CheckpointError for one that changed.
     """
     config = stage.distill
-    folders = {name: teacher_folder(name, job) for name in sorted(set(stage.teachers.values()))}
+    folders = {name: teacher_folder(name, job) for name in stage.teacher_names}
     for name, folder in folders.items():
         check_same_tokens(student_tokenizer, load_tokenizer(folder), name=name)
     pin_teachers(job.out / "teachers.json", folders)

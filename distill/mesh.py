@@ -1,10 +1,12 @@
 """The learner's ranks, behind accelerate: every distributed word of the training step."""
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 
@@ -38,6 +40,11 @@ class Mesh:
             return tensor
         total: Any = self._accelerator.reduce(tensor, reduction="sum")
         return total
+
+    def union(self, names: Iterable[str]) -> list[str]:
+        """Those of all ranks, sorted."""
+        own = sorted(set(names))
+        return sorted(set(gather_object(own))) if self.size > 1 else own
 
     def accumulate(self, student: nn.Module, *, is_last: bool) -> AbstractContextManager[None]:
         """Around a micro-batch: gradients travel with the last one alone."""

@@ -62,7 +62,7 @@ def work(stage: OpdStage, job: Job) -> None:
         for step in range(first, config.num_steps):
             engine.version = step
             requests = requests_of(schedule.visits(step), tasks, config.temperature)
-            rollouts, rows = sample_and_score(engine, requests, stage.teachers, teachers)
+            rollouts, rows = sample_and_score(engine, requests, stage.mixtures, teachers)
             rate = learning_rate_factor(step, num_steps=config.num_steps, config=config.optimizer)
             learned = learner.step(rows, learning_rate_factor=rate) if rows else {}
             tokens_seen += sum(len(row.example.positions) for row in rows)
@@ -124,6 +124,7 @@ def make_learner(stage: OpdStage, model: Any, teachers: Teachers) -> Learner:
         top_k=config.divergence.top_k,
         temperature=config.temperature,
         rows_per_microbatch=config.rows_per_microbatch,
+        tokens_per_microbatch=config.tokens_per_microbatch,
         max_grad_norm=optimizer.max_grad_norm,
     )
 
@@ -153,29 +154,35 @@ def requests_of(
 
 
 def sample_and_score(
-    engine: Engine, requests: Sequence[Request], teacher_of: Mapping[str, str], teachers: Teachers
+    engine: Engine,
+    requests: Sequence[Request],
+    mixtures: Mapping[str, Mapping[str, float]],
+    teachers: Teachers,
 ) -> tuple[list[Rollout], list[ScoredExample]]:
     """All rollouts, and those with an own token as their teachers see them, in an order that does
-    not depend on which finished first."""
-    left = Counter(teacher_of[request.domain] for request in requests)
+    not depend on which finished first; `mixtures` gives each domain its weighted teachers."""
+    names_of = {domain: " + ".join(sorted(mixture)) for domain, mixture in mixtures.items()}
+    left = Counter(names_of[request.domain] for request in requests)
     rollouts: dict[str, list[Rollout]] = defaultdict(list)
     answers: dict[str, Callable[[], list[ScoredExample]]] = {}
     for rollout in engine.run(requests):
-        teacher = teacher_of[rollout.domain]
-        rollouts[teacher].append(replace(rollout, teacher=teacher))
-        left[teacher] -= 1
-        if left[teacher] == 0:
-            rollouts[teacher].sort(key=lambda r: (r.domain, r.prompt_id, r.sample))
-            answers[teacher] = teachers.ask(examples_of(rollouts[teacher], teacher))
+        names = names_of[rollout.domain]
+        rollouts[names].append(replace(rollout, teacher=names))
+        left[names] -= 1
+        if left[names] == 0:
+            rollouts[names].sort(key=lambda r: (r.domain, r.prompt_id, r.sample))
+            answers[names] = teachers.ask(examples_of(rollouts[names], mixtures))
     return (
-        [rollout for teacher in sorted(rollouts) for rollout in rollouts[teacher]],
-        [row for teacher in sorted(answers) for row in answers[teacher]()],
+        [rollout for names in sorted(rollouts) for rollout in rollouts[names]],
+        [row for names in sorted(answers) for row in answers[names]()],
     )
 
 
-def examples_of(rollouts: Iterable[Rollout], teacher: str) -> list[Example]:
+def examples_of(
+    rollouts: Iterable[Rollout], mixtures: Mapping[str, Mapping[str, float]]
+) -> list[Example]:
     """What there is to learn; rollouts without an own token are left out."""
-    examples = (example_from_rollout(rollout, teacher=teacher) for rollout in rollouts)
+    examples = (example_from_rollout(r, teachers=mixtures[r.domain]) for r in rollouts)
     return [example for example in examples if example is not None]
 
 

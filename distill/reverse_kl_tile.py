@@ -43,6 +43,11 @@ class Head:
         bias = None if self.bias is None else self.bias.detach()
         return Head(self.weight.detach(), bias, self.scale)
 
+    def to(self, device: torch.device) -> "Head":
+        """The same numbers on the device."""
+        bias = None if self.bias is None else self.bias.to(device)
+        return Head(self.weight.to(device), bias, self.scale)
+
 
 @dataclass(frozen=True, slots=True)
 class Found:

@@ -138,18 +138,23 @@ class Teachers:
         self.head: Recent[Tensor] = Recent(self._fetch_head, capacity=num_heads)
 
     def ask(self, examples: Sequence[Example]) -> Callable[[], list[ScoredExample]]:
-        """Send rows to their teachers now; call the answer to wait for the hidden states."""
+        """Send rows to all their teachers now; call the answer to wait for the hidden states."""
+        pairs = [(e, name) for e in examples for name in e.teacher_names]
         future: Future = self._pool.call(
             "score",
             [
-                ScoreRequest(row, example.teacher, example.input_ids, example.positions)
-                for row, example in enumerate(examples)
+                ScoreRequest(row, teacher, example.input_ids, example.positions)
+                for row, (example, teacher) in enumerate(pairs)
             ],
         )
 
         def answer() -> list[ScoredExample]:
             found: dict[int, np.ndarray] = future.result(self._timeout_s)
-            return [ScoredExample(e, from_wire(found[row])) for row, e in enumerate(examples)]
+            rows = iter(range(len(pairs)))
+            return [
+                ScoredExample(e, {name: from_wire(found[next(rows)]) for name in e.teacher_names})
+                for e in examples
+            ]
 
         return answer
 

@@ -220,12 +220,14 @@ class _Builder:
                 self.checkpoints[name] = name
 
     def _add_opd(self, name: str, distill: DistillConfig) -> None:
-        teachers = {
+        teachers: dict[str, str | dict[str, float]] = {
             domain: ("teacher/" if domain in self.recipe.teachers else "specialist/") + domain
             for domain in self.domains
         }
-        inputs = {role: self.checkpoints[role] for role in teachers.values()}
+        inputs = {str(role): self.checkpoints[str(role)] for role in teachers.values()}
         inputs[distill.start] = self.checkpoints[distill.start]
+        if distill.kl_to_base:
+            inputs["base"] = self.checkpoints["base"]
         specs = self._specs()
         if not distill.evaluate_every:
             specs = [_without(spec, UNREWARDED) for spec in specs]

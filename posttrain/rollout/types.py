@@ -57,4 +57,5 @@ class Rollout:
     """`stop`, or `length` where max_new_tokens cut the response."""
 
     teacher: str = ""
-    """Who reads along where rollouts are distilled, such as "specialist/code"; empty elsewhere."""
+    """Who reads along where rollouts are distilled, such as "specialist/code", or several joined by
+    " + "; empty elsewhere."""

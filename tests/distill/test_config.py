@@ -26,7 +26,26 @@ def test_shares_are_one_where_not_named() -> None:
     assert stage(distill={"domain_shares": {"b": 3}}).shares == {"a": 1.0, "b": 3.0}
 
 
-def test_every_domain_needs_exactly_one_teacher() -> None:
+def test_a_domains_teachers_are_normalised_and_the_base_is_added() -> None:
+    teachers = {"a": {"specialist/a": 3, "other": 1}, "b": "base"}
+    assert stage(teachers=teachers).mixtures == {
+        "a": {"specialist/a": 0.75, "other": 0.25}, "b": {"base": 1.0},
+    }  # fmt: skip
+    held = stage(teachers=teachers, distill={"kl_to_base": 0.1})
+    assert held.mixtures["a"] == {"specialist/a": 0.75, "other": 0.25, "base": 0.1}
+    assert held.mixtures["b"] == {"base": 1.1}
+    assert held.teacher_names == ["base", "other", "specialist/a"]
+    for weights, found in (({"x": 1, "y": 0}, "'y': 0.0"), ({}, "no teacher")):
+        with pytest.raises(ValidationError, match=f"the teachers of a need .* found .*{found}"):
+            stage(teachers={"a": weights, "b": "other"})
+
+
+def test_the_kl_to_the_base_joins_no_ablation() -> None:
+    with pytest.raises(ValidationError, match=r"kl_to_base is 0.1, but divergence.kind is jsd"):
+        stage(distill={"kl_to_base": 0.1, "divergence": {"kind": "jsd"}})
+
+
+def test_every_domain_needs_teachers() -> None:
     with pytest.raises(ValidationError, match=r"teachers names \['a'\].*\['a', 'b'\]"):
         stage(teachers={"a": "specialist/a"})
 

@@ -1,6 +1,7 @@
 """One training step against a dense loop over unpadded rows, and what must not change it."""
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -43,7 +44,7 @@ def examples() -> list[Example]:
         return torch.randint(3, VOCAB, (number,), generator=generator).tolist()
 
     return [
-        Example(domain, TEACHERS[domain], tokens(length), positions, tokens(len(positions)))
+        Example(domain, {TEACHERS[domain]: 1.0}, tokens(length), positions, tokens(len(positions)))
         for domain, length, positions in ROWS
     ]
 
@@ -54,9 +55,12 @@ def scored(rows: Iterable[Example], teachers: dict[str, Any]) -> list[ScoredExam
     return [
         ScoredExample(
             row,
-            teachers[row.teacher]
-            .base_model(torch.tensor([row.input_ids]))
-            .last_hidden_state[0, row.positions],
+            {
+                name: teachers[name]
+                .base_model(torch.tensor([row.input_ids]))
+                .last_hidden_state[0, row.positions]
+                for name in row.teachers
+            },
         )
         for row in rows
     ]
@@ -72,6 +76,7 @@ class Update:
         rows: Sequence[Example],
         *,
         rows_per_microbatch: int = 2,
+        tokens_per_microbatch: int | None = None,
         denominator: Denominator = "domain",
         divergence: Kind = "reverse_kl",
     ) -> None:
@@ -87,6 +92,7 @@ class Update:
             top_k=3,
             temperature=0.8,
             rows_per_microbatch=rows_per_microbatch,
+            tokens_per_microbatch=tokens_per_microbatch,
             max_grad_norm=1e9,
         )
         self.metrics = learner.step(scored(rows, teachers))
@@ -152,21 +158,31 @@ def dense_loss(
     teachers: dict[str, Any],
     weight: dict[str, float],
     measure: Measure = reverse_kl,
+    rows: Sequence[Example] | None = None,
 ) -> Tensor:
     """Row by row and token by token from whole logits; `weight` of one token of each domain."""
     loss = torch.zeros(())
-    for row in examples():
-        num_tokens = sum(len(other.input_ids) for other in examples())
+    rows = rows or examples()
+    for row in rows:
+        num_tokens = sum(len(other.input_ids) for other in rows)
         scale_own_losses(model.train(), len(row.input_ids) / num_tokens)
         ids = torch.tensor([row.input_ids])
         logits = model(ids).logits[0]
         with torch.no_grad():
-            teacher_logits = teachers[row.teacher](ids).logits[0]
+            teacher_logits = {name: teachers[name](ids).logits[0] for name in row.teachers}
         for position, token in zip(row.positions, row.sampled, strict=True):
             logp = (logits[position].double() / 0.8).log_softmax(-1)
-            logq = (teacher_logits[position].double() / 0.8).log_softmax(-1)
-            loss = loss + weight[row.domain] * measure(logp, logq, token)
+            for name, share in row.teachers.items():
+                logq = (teacher_logits[name][position].double() / 0.8).log_softmax(-1)
+                loss = loss + weight[row.domain] * share * measure(logp, logq, token)
     return loss
+
+
+def gradients(model: Any) -> dict[str, Tensor]:
+    return {
+        name: torch.zeros_like(p) if p.grad is None else p.grad.clone()
+        for name, p in model.named_parameters()
+    }
 
 
 @pytest.mark.parametrize("kind", MEASURES)
@@ -178,10 +194,7 @@ def test_a_step_equals_a_dense_loop_over_unpadded_rows(models: Models, kind: Kin
         kl = dense_loss(model, teachers, weight)
     loss = dense_loss(model, teachers, weight, MEASURES[kind])
     loss.backward()
-    wanted = {
-        name: torch.zeros_like(p) if p.grad is None else p.grad.clone()
-        for name, p in model.named_parameters()
-    }
+    wanted = gradients(model)
     model.zero_grad()
     update = Update(model, teachers, examples(), divergence=kind)
     torch.testing.assert_close(update.metrics["loss"], loss.detach(), rtol=1e-5, atol=1e-6)
@@ -191,14 +204,75 @@ def test_a_step_equals_a_dense_loop_over_unpadded_rows(models: Models, kind: Kin
         torch.testing.assert_close(update.gradients[name], gradient, rtol=1e-4, atol=2e-6)
 
 
-@pytest.mark.parametrize("denominator", ["domain", "token", "sequence"])
-@pytest.mark.parametrize("rows_per_microbatch", [1, 3, 100])
-def test_the_microbatch_changes_nothing(
-    models: Models, rows_per_microbatch: int, denominator: Denominator
+CODE, MATHS = TEACHERS.values()
+MIXTURES: dict[str, list[dict[str, float]]] = {
+    # a mixture by row: one teacher, two, two with other weights
+    "several teachers": [
+        {CODE: 1.0}, {MATHS: 1.0}, {CODE: 0.7, MATHS: 0.3}, {CODE: 0.2, MATHS: 0.8}, {MATHS: 1.0},
+    ],
+    # KL to the teachers, which sum to 1, and 0.3 KL to the base, here the other teacher
+    "held back by the base": [
+        {CODE: 1.0, MATHS: 0.3}, {CODE: 0.3, MATHS: 1.0}, {CODE: 1.0, MATHS: 0.3},
+        {CODE: 0.3, MATHS: 1.0}, {CODE: 1.0, MATHS: 0.3},
+    ],
+}  # fmt: skip
+
+
+def mixed(name: str) -> list[Example]:
+    return [replace(r, teachers=m) for r, m in zip(examples(), MIXTURES[name], strict=True)]
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+@pytest.mark.parametrize("rows_per_microbatch", [2, 5])
+def test_a_step_of_several_teachers_equals_a_dense_loop(
+    models: Models, name: str, rows_per_microbatch: int
 ) -> None:
-    whole = Update(*models(), examples(), rows_per_microbatch=5, denominator=denominator)
+    model, teachers = models()
+    weight = {"code": 0.25 / 12, "mathematics": 0.75 / 7}
+    loss = dense_loss(model, teachers, weight, rows=mixed(name))
+    loss.backward()
+    wanted = gradients(model)
+    model.zero_grad()
+    update = Update(model, teachers, mixed(name), rows_per_microbatch=rows_per_microbatch)
+    torch.testing.assert_close(update.metrics["loss"], loss.detach(), rtol=1e-5, atol=0)
+    for parameter, gradient in wanted.items():
+        torch.testing.assert_close(update.gradients[parameter], gradient, rtol=1e-4, atol=2e-6)
+
+
+def test_the_gradient_of_several_teachers_is_the_weighted_sum_of_each_ones(models: Models) -> None:
+    both = [replace(row, teachers={CODE: 0.6, MATHS: 0.4}) for row in examples()]
+    found = Update(*models(), both)
+    weight = {CODE: 0.6, MATHS: 0.4}
+    alone = {
+        name: Update(*models(), [replace(row, teachers={name: 1.0}) for row in examples()])
+        for name in weight
+    }
+    for parameter, gradient in found.gradients.items():
+        wanted = sum(w * alone[name].gradients[parameter] for name, w in weight.items())
+        torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=2e-6)
+    for domain in SHARES:
+        for name in weight:  # its own KL, whoever else reads
+            torch.testing.assert_close(
+                found.metrics[f"kl/{domain}/{name}"],
+                alone[name].metrics[f"kl/{domain}"],
+                rtol=1e-5,
+                atol=0,
+            )
+
+
+@pytest.mark.parametrize("denominator", ["domain", "token", "sequence"])
+@pytest.mark.parametrize(("num_rows", "num_tokens"), [(1, None), (3, None), (100, 20)])
+def test_the_microbatch_changes_nothing(
+    models: Models, num_rows: int, num_tokens: int | None, denominator: Denominator
+) -> None:
+    rows = mixed("several teachers")
+    whole = Update(*models(), rows, rows_per_microbatch=5, denominator=denominator)
     cut = Update(
-        *models(), examples(), rows_per_microbatch=rows_per_microbatch, denominator=denominator
+        *models(),
+        rows,
+        rows_per_microbatch=num_rows,
+        tokens_per_microbatch=num_tokens,
+        denominator=denominator,
     )
     assert_same_update(cut, whole)
 
@@ -225,8 +299,10 @@ def test_metrics_by_domain_add_up_to_the_loss(models: Models) -> None:
     metrics = Update(*models(), examples()).metrics
     loss = 0.25 * metrics["kl/code"] + 0.75 * metrics["kl/mathematics"]
     torch.testing.assert_close(metrics["loss"], loss, rtol=1e-6, atol=0)
-    shares = metrics["share/code"] + metrics["share/mathematics"]
-    torch.testing.assert_close(shares, torch.ones_like(shares), rtol=1e-12, atol=0)
+    for name in ("share", "token_share", "grad_share"):
+        shares = metrics[f"{name}/code"] + metrics[f"{name}/mathematics"]
+        torch.testing.assert_close(shares, torch.ones_like(shares), rtol=1e-12, atol=0)
+    assert metrics["token_share/code"] == 12 / 19
     assert (metrics["tokens/code"], metrics["tokens/mathematics"]) == (12, 7)
     assert 0 < metrics["entropy/code"] < torch.tensor(VOCAB).log()
 
@@ -265,7 +341,7 @@ def test_a_loss_that_is_not_finite_updates_nothing(models: Models) -> None:
     model, teachers = models()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     rows = scored(examples(), teachers)
-    rows[1].teacher_hidden[0, 0] = float("nan")
+    rows[1].teacher_hidden[MATHS][0, 0] = float("nan")
     learner = Learner(
         model,
         torch.optim.SGD(model.parameters(), lr=1.0),

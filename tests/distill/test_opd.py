@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from posttrain.metrics import Metrics
 from posttrain.rollout.types import Request, Rollout
 
 DOMAINS: tuple[str, ...] = ("mathematics", "code")
+DOMAIN_TEACHERS = [f"specialist/{domain}" for domain in DOMAINS]
 
 
 @pytest.fixture
@@ -39,7 +40,7 @@ def make_job(stages: dict[str, Path], tmp_path: Path) -> Callable[[str], Job]:
     return make
 
 
-def stage(*, teachers: dict[str, str] | None = None, **distill: Any) -> OpdStage:
+def stage(*, teachers: Mapping[str, Any] | None = None, **distill: Any) -> OpdStage:
     return OpdStage.model_validate(
         {
             "domains": [
@@ -118,6 +119,24 @@ def test_the_student_comes_closer_to_every_teacher(make_job: Callable[[str], Job
     first, last = job.metrics.records()[0], job.metrics.records()[-1]
     for domain in DOMAINS:
         assert last[f"kl/{domain}"] < 0.5 * first[f"kl/{domain}"]
+
+
+def test_several_teachers_and_the_base_are_read_and_logged_each(
+    make_job: Callable[[str], Job],
+) -> None:
+    job = make_job("mixed")
+    teachers = {
+        "mathematics": {"specialist/mathematics": 3, "specialist/code": 1},
+        "code": "specialist/code",
+    }
+    work(stage(num_steps=1, kl_to_base=0.5, start="base", teachers=teachers), job)
+    (found,) = job.metrics.records()
+    maths = {name: found[f"kl/mathematics/{name}"] for name in (*DOMAIN_TEACHERS, "base")}
+    assert maths["base"] == pytest.approx(0, abs=1e-6)  # where the student starts
+    wanted = 0.75 * maths["specialist/mathematics"] + 0.25 * maths["specialist/code"]
+    assert found["kl/mathematics"] == pytest.approx(wanted, rel=1e-4)
+    assert found["kl/code"] == pytest.approx(found["kl/code/specialist/code"], rel=1e-4)
+    assert "kl/code/specialist/mathematics" not in found
 
 
 def test_an_ablation_logs_what_it_minimises_beside_the_reverse_kl(
@@ -217,14 +236,17 @@ class Echo:
             yield Rollout(r.prompt_id, r.domain, 0, r.prompt, [7], [True], [0.0])
 
     def ask(self, examples: list[Example]) -> Callable[[], list[ScoredExample]]:
-        return lambda: [ScoredExample(example, torch.zeros(1, 2)) for example in examples]
+        return lambda: [
+            ScoredExample(e, {name: torch.zeros(1, 2) for name in e.teachers}) for e in examples
+        ]
 
 
 def test_a_rollout_names_the_teacher_that_read_it() -> None:
     requests = [Request(f"p{i}", [5, 6], domain=DOMAINS[i % 2]) for i in range(4)]
     teacher_of = {"mathematics": "specialist/mathematics", "code": "elsewhere"}
     echo: Any = Echo()
-    rollouts, rows = sample_and_score(echo, requests, teacher_of, echo)
+    mixtures = {domain: {name: 1.0} for domain, name in teacher_of.items()}
+    rollouts, rows = sample_and_score(echo, requests, mixtures, echo)
     assert len(rollouts) == 4
     assert all(rollout.teacher == teacher_of[rollout.domain] for rollout in rollouts)
-    assert [row.example.teacher for row in rows] == [rollout.teacher for rollout in rollouts]
+    assert [[*row.example.teachers] for row in rows] == [[r.teacher] for r in rollouts]

@@ -101,12 +101,15 @@ def test_the_least_recently_used_makes_room() -> None:
 def test_answers_come_back_in_the_order_of_the_question(folders: dict[str, Path]) -> None:
     role = LocalRole("distill.teachers:TeacherPool", {"teachers": folders, "device": "cpu"})
     teachers = Teachers(role, num_heads=1, timeout_s=1.0)
-    asked = [Example("d", r.teacher, r.input_ids, r.positions, r.positions) for r in requests()]
+    asked = [
+        Example("d", {r.teacher: 1.0}, r.input_ids, r.positions, r.positions) for r in requests()
+    ]
     rows = teachers.ask(asked)()
     assert [row.example for row in rows] == asked
     for row, request in zip(rows, requests(), strict=True):
         wanted = alone(folders, request)
-        torch.testing.assert_close(row.teacher_hidden, wanted, rtol=0, atol=2e-5)
+        found = row.teacher_hidden[request.teacher]
+        torch.testing.assert_close(found, wanted, rtol=0, atol=2e-5)
 
 
 def test_no_more_rows_than_asked_for_are_read_at_once(
@@ -127,6 +130,8 @@ def test_a_teacher_that_cannot_be_loaded_is_an_error_of_the_answer(tmp_path: Pat
     role = LocalRole(
         "distill.teachers:TeacherPool", {"teachers": {"t": tmp_path / "none"}, "device": "cpu"}
     )
-    answer = Teachers(role, num_heads=1, timeout_s=1.0).ask([Example("d", "t", [3], [0], [4])])
+    answer = Teachers(role, num_heads=1, timeout_s=1.0).ask(
+        [Example("d", {"t": 1.0}, [3], [0], [4])]
+    )
     with pytest.raises(Exception, match="none"):
         answer()
