@@ -1,19 +1,19 @@
 """One token a slot on the cache: the same attention as in training, its keys read from rings and
-stores.
+stores. Or more tokens, of some slots (chunks.py): all are written before any key is read.
 
-Nothing here waits for the device, and with `is_static` no shape depends on a value, so a step can
-be compiled whole (compiled.py) or captured: every row takes part in every write, masked where
-it has nothing to write, and all the room of the stores is read. Without it the entries end at the
-longest row's, and on CPU, where looking costs nothing, only rows that complete an entry make one.
+For one token a slot nothing here waits for the device, and with `is_static` no shape depends on a
+value, so a step can be compiled whole (compiled.py) or captured: every row takes part in every
+write, masked where it has nothing to write, and all the room of the stores is read. Without it the
+entries end at the longest row's, and on CPU, where looking costs nothing, only rows that complete
+an entry make one.
 
-Legend: B slots, R ring (W of it the window), E entries, K chosen ones, h heads, d head size, c
-indexer head size, m compression rate, D rows that complete an entry, S tokens that make one, r
-rotated channels.
+Legend: T tokens (B where each slot has one), B slots, R ring (W of it the window), E entries, h
+heads, d head size, c indexer head size, m compression rate, D tokens that complete an entry, S
+tokens that make one, r rotated channels.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,21 +25,18 @@ from torch import Tensor
 
 from posttrain.backbone import indexer
 from posttrain.backbone.cache import CompressedStore, V4Cache
+from posttrain.backbone.decode_keys import Entries, Part, attend, bias_of, chosen, scores, whole
 from posttrain.backbone.fake_quant import rounded_index, rounded_kv
 from posttrain.backbone.routing import RouteTape
-from posttrain.backbone.visible import GATHER
 
 T = TypeVar("T")
-
-SCORES_AT_ONCE = 1 << 18
-"""Indexer scores of single heads that are in memory at a time: they stay in a CPU's cache."""
 
 
 @dataclass(frozen=True)
 class Closing:
     """Rows whose token completes an entry, and what the entry is made of and where it goes."""
 
-    row_D: Tensor
+    slot_D: Tensor
     place_DS: Tensor
     """Where its tokens' projections stand in the ring's flattened rows of C channels, oldest first:
     where windows overlap, the first series of the previous window's tokens and the second of this
@@ -48,7 +45,7 @@ class Closing:
     """True before a row's first token."""
     entry_D: Tensor
     is_complete_D: Tensor | None
-    """Rows that really complete one, where `row_D` are all rows."""
+    """Rows that really complete one, where `slot_D` are all slots."""
     rotation: Tensor
     """Of each entry, as `DecodeContext.rotation` gives a token's."""
 
@@ -69,6 +66,14 @@ class DecodeContext:
     """No shape may depend on a value."""
     tape: RouteTape | None = None
     """Takes down the experts that tokens go to, or tells them."""
+    parts: tuple[Part, ...] = ()
+    """Of the step's tokens; none: one token a slot."""
+    slot_of_T: Tensor | None = None
+    """Each token's slot, where there are parts."""
+    real_X: Tensor | None = None
+    """The tokens that the cache is to keep; None: all."""
+    reach: int = 0
+    """Tokens that the longest row will hold, at least, where there are parts."""
     _made: dict[Any, Any] = field(default_factory=dict)
 
     def once(self, key: object, make: Callable[[], T]) -> T:
@@ -78,19 +83,27 @@ class DecodeContext:
         return cast("T", self._made[key])
 
     @property
-    def row_B(self) -> Tensor:
+    def slot_T(self) -> Tensor:
+        if self.slot_of_T is not None:
+            return self.slot_of_T
         return self.once(
-            "rows", lambda: torch.arange(len(self.position_B), device=self.position_B.device)
+            "slots", lambda: torch.arange(len(self.position_B), device=self.position_B.device)
         )
 
-    def place_B(self, ring: int) -> Tensor:
-        """Where a ring takes this token."""
-        return self.once(("place", ring), lambda: self.position_B % ring)
+    def put(self, ring_BRX: Tensor, x_TX: Tensor) -> None:
+        """Let a ring keep what is of these tokens."""
+        ring = ring_BRX.shape[1]
+        place_T = self.once(("place", ring), lambda: self.position_B % ring)
+        x_TX = x_TX.to(ring_BRX.dtype)
+        if self.real_X is None:
+            ring_BRX[self.slot_T, place_T] = x_TX
+        else:
+            ring_BRX[self.slot_T[self.real_X], place_T[self.real_X]] = x_TX[self.real_X]
 
     def num_entries(self, store: CompressedStore) -> int:
-        """Entries that may be visible to a row after this token."""
+        """Entries that may be visible to a row after this step, in whole blocks."""
         room = store.entry_BEC.shape[1]
-        return room if self.is_static else min(room, (self._longest() + 1) // store.rate)
+        return room if self.is_static else min(room, whole(self._reach() // store.rate))
 
     def window_bias(self, ring: int, window: int, dtype: torch.dtype) -> Tensor:
         """(B, 1, R): 0 at keys in the token's window, -inf elsewhere."""
@@ -130,18 +143,21 @@ class DecodeContext:
         if not store.entry_BEC.shape[1]:
             return None
         is_complete_B: Tensor | None = (self.position_B + 1) % rate == 0
-        row_D = self.row_B
-        if not self.is_static and self.cache.is_on_host:
+        row_D = torch.arange(len(is_complete_B), device=device)
+        if self.real_X is not None:
+            row_D, is_complete_B = self.real_X[is_complete_B[self.real_X]], None
+        elif not self.is_static and self.cache.is_on_host:
             row_D, is_complete_B = is_complete_B.nonzero().squeeze(1), None
-            if not len(row_D):
-                return None
+        if is_complete_B is None and not len(row_D):
+            return None
         last_D, ring = self.position_B[row_D], store.kv_BRX.shape[1]
         token_DS = last_D[:, None] + torch.arange(1 - store.num_read, 1, device=device)
-        place_DS = row_D[:, None] * ring + token_DS % ring
+        slot_D = self.slot_T[row_D]
+        place_DS = slot_D[:, None] * ring + token_DS % ring
         if store.is_overlapping:
             place_DS = 2 * place_DS + torch.arange(store.num_read, device=device) // rate
         return Closing(
-            row_D,
+            slot_D,
             place_DS,
             (token_DS < 0).unsqueeze(-1),
             ((last_D + 1) // rate - 1).clamp(min=0),
@@ -149,34 +165,45 @@ class DecodeContext:
             rotations(self.inv_freq, last_D + 1 - rate, self.scaling, is_real=self.is_static),
         )
 
-    def _longest(self) -> int:
-        def make() -> int:
-            longest = self.cache.longest()
-            self.cache.reserve(longest + 1)
-            return longest
+    def _reach(self) -> int:
+        """Tokens that the longest row holds after this step; the cache has room for them then."""
 
-        return self.once("longest", make)
+        def make() -> int:
+            reach = self.reach if self.parts else self.cache.longest() + 1
+            self.cache.reserve(reach)
+            return reach
+
+        return self.once("reach", make)
 
 
 def context_of(
-    model: Any, cache: V4Cache, *, is_static: bool = False, tape: RouteTape | None = None
+    model: Any,
+    cache: V4Cache,
+    *,
+    is_static: bool = False,
+    tape: RouteTape | None = None,
+    position_T: Tensor | None = None,
+    **told: Any,
 ) -> DecodeContext:
-    """The context of one more token in every slot; `model` is a V4Model."""
+    """The context of one more token in every slot, or of others, at `position_T`, of which `told`
+    says more; `model` is a V4Model."""
     rope = model.rotary_emb
+    position_T = cache.length_B if position_T is None else position_T
 
     def turn(name: str) -> Tensor:
         inv_freq = getattr(rope, f"{name}_inv_freq")
         scaling = getattr(rope, f"{name}_attention_scaling")
-        return rotations(inv_freq, cache.length_B, scaling, is_real=is_static)
+        return rotations(inv_freq, position_T, scaling, is_real=is_static)
 
     return DecodeContext(
         cache,
-        cache.length_B,
+        position_T,
         {name: turn(name) for name in ("main", "compress")},
         rope.compress_inv_freq,
         rope.compress_attention_scaling,
         is_static,
         tape,
+        **told,
     )
 
 
@@ -206,12 +233,6 @@ def rotate(x: Tensor, rotation: Tensor, *, back: bool = False) -> Tensor:
     return x
 
 
-def bias_of(is_hidden_BK: Tensor, dtype: torch.dtype) -> Tensor:
-    """-inf where hidden, 0 elsewhere, (B, 1, K)."""
-    bias = torch.zeros_like(is_hidden_BK, dtype=dtype)
-    return bias.masked_fill_(is_hidden_BK, float("-inf")).unsqueeze(1)
-
-
 def decode_attention(attention: Any, x_BH: Tensor, context: DecodeContext) -> Tensor:
     """(B, H) -> (B, H): write this token's key, then attend to what the slot holds."""
     cache, rotation = context.cache, context.rotation_B[attention.rope_layer_type]
@@ -221,113 +242,58 @@ def decode_attention(attention: Any, x_BH: Tensor, context: DecodeContext) -> Te
     ring_BRd = cache.window_BWd[attention.layer_idx]
     kv_Bd = rotate(attention.kv_norm(attention.kv_proj(x_BH)), rotation)
     kv_Bd = rounded_kv(attention.config, kv_Bd)
-    ring_BRd[context.row_B, context.place_B(ring_BRd.shape[1])] = kv_Bd.to(ring_BRd.dtype)
-    keys = [(ring_BRd, context.window_bias(ring_BRd.shape[1], cache.window, q_Bhd.dtype))]
+    context.put(ring_BRd, kv_Bd)
+    window_bias = context.window_bias(ring_BRd.shape[1], cache.window, q_Bhd.dtype)
+    entry: Entries | None = None
     if attention.compressor is not None:
-        keys += _entries(attention, x_BH, latent_BR, context)
-    out_Bhd = rotate(attend(q_Bhd, keys, attention.sinks, attention.scaling), rotation, back=True)
+        entry = _entries(attention, x_BH, latent_BR, context)
+    outs = [
+        attend(
+            q_Bhd[part.first : part.end],
+            [
+                (part.of(ring_BRd), window_bias[part.first : part.end]),
+                *([entry.of(part)] if entry is not None else []),
+            ],
+            attention.sinks,
+            attention.scaling,
+        )
+        for part in context.parts or (Part(0, len(q_Bhd)),)
+    ]
+    out_Bhd = rotate(outs[0] if len(outs) == 1 else torch.cat(outs), rotation, back=True)
     grouped = out_Bhd.flatten(1).unflatten(-1, (attention.config.o_groups, -1))
     return attention.o_b_proj(attention.o_a_proj(grouped).flatten(1))
 
 
-def attend(
-    q_Bhd: Tensor, keys: list[tuple[Tensor, Tensor]], sink_h: Tensor, scale: float
-) -> Tensor:
-    """(B, h, d): one softmax over all sets of keys (B, K, d), each with its bias (B, 1, K), and
-    the sink; the keys are the values. Logits are put side by side, keys never."""
-    logits = [torch.baddbmm(bias, q_Bhd, k.transpose(1, 2), alpha=scale) for k, bias in keys]
-    sink = sink_h.to(q_Bhd.dtype).view(1, -1, 1).expand(len(q_Bhd), -1, 1)
-    weights = torch.cat([*logits, sink], dim=-1).softmax(dim=-1, dtype=torch.float32)
-    shares = weights.to(q_Bhd.dtype).split([*(k.shape[1] for k, _ in keys), 1], dim=-1)
-    out_Bhd = torch.bmm(shares[0], keys[0][0])
-    for share, (k, _) in zip(shares[1:-1], keys[1:], strict=True):
-        out_Bhd = torch.baddbmm(out_Bhd, share, k)
-    return out_Bhd
-
-
 def _entries(
     attention: Any, x_BH: Tensor, latent_BR: Tensor, context: DecodeContext
-) -> list[tuple[Tensor, Tensor]]:
-    """The entries that the new token attends to (B, K, d), with their bias (B, 1, K); none while
-    no window is complete."""
+) -> Entries | None:
+    """None while no window is complete."""
     compressor = attention.compressor
     store = context.cache.compressed(attention.layer_idx, "compressor")
     append(store, compressor, x_BH, context, partial(rounded_kv, attention.config))
     num_entries = context.num_entries(store)
-    entry_BEd = store.entry_BEC[:, :num_entries]
     if hasattr(compressor, "indexer"):
         keys = context.cache.compressed(attention.layer_idx, "indexer")
         append(keys, compressor.indexer, x_BH, context, partial(rounded_index, attention.config))
         if num_entries > compressor.indexer.index_topk:
-            key_BEc = keys.entry_BEC[:, :num_entries]
-            q_Bhc = index_queries(compressor.indexer, latent_BR, context)
-            q_Bhc = rounded_index(attention.config, q_Bhc)
-            score_BE = scores(q_Bhc, key_BEc, indexer.head_weights(compressor.indexer, x_BH))
-            is_hidden_BE = context.is_hidden(store.rate, num_entries)
-            return [chosen(score_BE, entry_BEd, is_hidden_BE, compressor.indexer.index_topk)]
-    bias_B1E = context.entry_bias(store.rate, num_entries, x_BH.dtype)
-    return [(entry_BEd, bias_B1E)] if num_entries else []
+            q_Thc = index_queries(compressor.indexer, latent_BR, context)
+            q_Thc = rounded_index(attention.config, q_Thc)
+            weight_Th = indexer.head_weights(compressor.indexer, x_BH)
+            score_TE = scores(q_Thc, keys.entry_BEC[:, :num_entries], weight_Th, context.parts)
+            is_hidden_TE = context.is_hidden(store.rate, num_entries)
+            return chosen(
+                score_TE, store, context.slot_T, is_hidden_TE, compressor.indexer.index_topk
+            )
+    if not num_entries:
+        return None
+    bias_T1E = context.entry_bias(store.rate, num_entries, x_BH.dtype)
+    return Entries(store.entry_BEC[:, :num_entries], bias_T1E, is_own=False)
 
 
 def index_queries(module: Any, latent_BR: Tensor, context: DecodeContext) -> Tensor:
     """The indexer's queries (B, h, c), rotated."""
     q_Bhc = module.q_b_proj(latent_BR).unflatten(-1, (module.num_heads, module.head_dim))
     return rotate(q_Bhc, context.rotation_B["compress"])
-
-
-def chosen(
-    score_BE: Tensor, entry_BEd: Tensor, is_hidden_BE: Tensor, top_k: int
-) -> tuple[Tensor, Tensor]:
-    """The `top_k` best entries that are not hidden, with their bias: all under a mask, or where
-    there are many, gathered (B, K, d)."""
-    score_BE = score_BE.masked_fill_(is_hidden_BE, float("-inf"))
-    if score_BE.shape[1] <= GATHER * top_k:
-        is_chosen_BE = indexer.top_k_mask(score_BE, top_k)
-        return entry_BEd, bias_of(~is_chosen_BE | is_hidden_BE, entry_BEd.dtype)
-    index_BK = best(score_BE, top_k)
-    row_B1 = torch.arange(len(score_BE), device=score_BE.device)[:, None]
-    return entry_BEd[row_B1, index_BK], bias_of(is_hidden_BE.gather(1, index_BK), entry_BEd.dtype)
-
-
-def scores(q_Bhc: Tensor, key_BEc: Tensor, weight_Bh: Tensor) -> Tensor:
-    """sum_h w[h] relu(q[h] . k[e]), (B, E) in float32 (V4 report eq. 16)."""
-    batch, heads, _ = q_Bhc.shape
-    q_Bch = q_Bhc.to(weight_Bh.dtype).transpose(1, 2)
-    weight_Bh1 = weight_Bh.unsqueeze(2)
-    block = max(1024, SCORES_AT_ONCE // max(batch * heads, 1))
-    parts = [
-        torch.bmm(torch.bmm(keys.to(weight_Bh.dtype), q_Bch).relu_(), weight_Bh1).squeeze(2)
-        for keys in key_BEc.split(block, dim=1)
-    ]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-
-
-def best(score_BE: Tensor, top_k: int) -> Tensor:
-    """The entries with the `top_k` highest scores (B, top_k); of equal ones the lowest.
-
-    The best are in the top_k blocks that lead by (their highest score, lowest index): were one of
-    them in another block, each of those would hold a better entry, or an equal one of lower index.
-    So only these blocks are looked into, about 2 sqrt(E top_k) scores.
-    """
-    batch, num_entries = score_BE.shape
-    block = 1 << int(math.log2(max(num_entries / top_k, 1.0)) / 2)
-    if block == 1:
-        return ranks(score_BE).topk(min(top_k, num_entries), dim=-1).indices
-    score_BE = F.pad(score_BE, (0, -num_entries % block), value=float("-inf"))
-    score_BNn = score_BE.view(batch, -1, block)
-    block_BK = ranks(score_BNn.amax(dim=-1)).topk(top_k, dim=-1).indices
-    block_BK = block_BK.sort(dim=-1).values  # in order: then so are the entries in them
-    entry_BC = score_BNn.gather(1, block_BK.unsqueeze(-1).expand(-1, -1, block)).flatten(1)
-    order_BK = ranks(entry_BC).topk(top_k, dim=-1).indices
-    return block_BK.gather(1, order_BK // block) * block + order_BK % block
-
-
-def ranks(score_BN: Tensor) -> Tensor:
-    """int64 (B, N) in the order of (score, lowest index), no two of a row alike: `topk` promises
-    no order among ties. A float's bits, those of a negative one flipped, order as it does."""
-    bits = (score_BN.float() + 0.0).view(torch.int32).long()  # -0 + 0 = 0
-    bits = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    return (bits << 32) - torch.arange(score_BN.shape[1], device=score_BN.device)
 
 
 def append(
@@ -339,13 +305,12 @@ def append(
 ) -> None:
     """Remember this token's projections; rows whose window it closes get their entry, `rounded`
     as serving does."""
-    place_B = context.place_B(store.kv_BRX.shape[1])
-    store.kv_BRX[context.row_B, place_B] = module.kv_proj(x_BH).to(store.kv_BRX.dtype)
-    store.gate_BRX[context.row_B, place_B] = module.gate_proj(x_BH).to(store.kv_BRX.dtype)
+    context.put(store.kv_BRX, module.kv_proj(x_BH))
+    context.put(store.gate_BRX, module.gate_proj(x_BH))
     closing = context.closing(store)
     if closing is None:
         return
-    row_D, bias = closing.row_D, module.position_bias
+    slot_D, bias = closing.slot_D, module.position_bias
     width = store.entry_BEC.shape[-1]
     kv, gate = (
         F.embedding(closing.place_DS, ring_BRX.view(-1, width)).float()
@@ -358,6 +323,6 @@ def append(
     entry_DC = module.kv_norm((kv * gate.softmax(dim=1)).sum(dim=1))
     entry_DC = rounded(rotate(entry_DC, closing.rotation)).to(store.entry_BEC.dtype)
     if closing.is_complete_D is not None:
-        old_DC = store.entry_BEC[row_D, closing.entry_D]
+        old_DC = store.entry_BEC[slot_D, closing.entry_D]
         entry_DC = torch.where(closing.is_complete_D[:, None], entry_DC, old_DC)
-    store.entry_BEC[row_D, closing.entry_D] = entry_DC
+    store.entry_BEC[slot_D, closing.entry_D] = entry_DC

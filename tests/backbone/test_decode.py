@@ -8,7 +8,8 @@ import torch
 from small_v4 import VOCAB, small_model
 from torch import Tensor
 
-from posttrain.backbone import V4Cache, decode, rope
+from posttrain.backbone import V4Cache, decode, decode_keys, indexer, rope
+from posttrain.backbone.cache import CompressedStore
 from posttrain.backbone.compiled import compiled_decode
 from posttrain.backbone.presets import CSA, HCA, SLIDING
 from posttrain.backbone.routing import ExpertChoices, RouteTape
@@ -32,21 +33,6 @@ def filled(model: Any, ids: Tensor, lengths: Sequence[int], num_spare: int = 0) 
     return cache
 
 
-def random_cache(model: Any, lengths: Sequence[int], seed: int) -> V4Cache:
-    """A cache that says its rows have these lengths, of random numbers."""
-    generator = torch.Generator().manual_seed(seed)
-    cache = V4Cache(model.config, len(lengths), like=model.model.embed_tokens.weight)
-    cache.reserve(max(lengths) + 2)
-    tensors = [*cache.window_BWd]
-    for stores in cache.stores:
-        for store in stores.values():
-            tensors += [store.kv_BRX, store.gate_BRX, store.entry_BEC]
-    for x in tensors:
-        x.normal_(generator=generator)
-    cache.length_B = torch.tensor(lengths)
-    return cache
-
-
 LIVE = torch.ones(3, dtype=torch.long)
 
 
@@ -64,18 +50,23 @@ def test_long_rows_decode_as_the_full_forward(num_spare: int) -> None:
         torch.testing.assert_close(model.lm_head(hidden), said, atol=2e-5, rtol=0)
 
 
-@pytest.mark.parametrize("lengths", [[3], [400, 3, 399], [2000, 1999, 77]])
-def test_chosen_entries_gathered_or_masked_give_the_same(
-    lengths: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, found = make_model(index_topk=5), list[Tensor]()
-    for gather in (0, 10**9):
-        monkeypatch.setattr(decode, "GATHER", gather)
-        cache = random_cache(model, lengths, seed=2)
-        token_BS = draw(len(lengths), 3, seed=3)
-        live = torch.ones(len(lengths), dtype=torch.long)
-        found.append(torch.stack([model.model.decode(t, cache, live) for t in token_BS.T]))
-    torch.testing.assert_close(found[0], found[1], atol=2e-5, rtol=0)
+@pytest.mark.parametrize("top_k", [1, 5, 16])
+def test_chosen_entries_are_those_that_a_mask_would_leave(top_k: int) -> None:
+    generator = torch.Generator().manual_seed(2)
+    entry, score = (torch.randn(3, *shape, generator=generator) for shape in ((96, 6), (96,)))
+    q, sink = torch.randn(3, 4, 6, generator=generator), torch.randn(4, generator=generator)
+    is_hidden = torch.arange(96) >= torch.tensor([0, 4, 90])[:, None]
+    store = CompressedStore(3, 6, 4, is_overlapping=False, like=entry)
+    store.entry_BEC = entry
+    found = decode_keys.chosen(score.clone(), store, torch.arange(3), is_hidden, top_k)
+    score = score.masked_fill(is_hidden, float("-inf"))
+    is_chosen = indexer.top_k_mask(score, top_k) & ~is_hidden
+    masked = decode_keys.bias_of(~is_chosen, torch.float32)
+    out, wanted = (
+        decode_keys.attend(q, [pair], sink, 0.3)
+        for pair in ((found.key, found.bias), (entry, masked))
+    )
+    torch.testing.assert_close(out, wanted, atol=1e-6, rtol=1e-5)
 
 
 def test_room_grows_by_itself() -> None:
@@ -119,7 +110,7 @@ def test_the_best_are_the_first_of_a_stable_sort(num_entries: int, top_k: int) -
         score[1, ::2] = -0.0
         score[1, 1::2] = 0.0
         wanted = score.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
-        found = decode.best(score, top_k)
+        found = decode_keys.best(score, top_k)
         assert torch.equal(found.sort(dim=-1).values, wanted.sort(dim=-1).values)
 
 
@@ -128,18 +119,18 @@ def test_ranks_order_floats_of_every_kind() -> None:
     score = torch.randn(1, 200, generator=generator) * 10.0 ** torch.arange(-100, 100)
     score = torch.cat([score, torch.tensor([[0.0, -0.0, float("inf"), float("-inf")]])], dim=1)
     wanted = score.sort(dim=-1, descending=True, stable=True).indices
-    assert torch.equal(decode.ranks(score).sort(dim=-1, descending=True).indices, wanted)
+    assert torch.equal(decode_keys.ranks(score).sort(dim=-1, descending=True).indices, wanted)
 
 
 def test_scores_in_blocks_are_the_formula(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decode, "SCORES_AT_ONCE", 1)
+    monkeypatch.setattr(decode_keys, "SCORES_AT_ONCE", 1)
     generator = torch.Generator().manual_seed(6)
     q = torch.randn(2, 5, 8, generator=generator)
     key = torch.randn(2, 2100, 8, generator=generator)
     weight = torch.randn(2, 5, generator=generator)
     similarity = torch.einsum("bhc,bec->bhe", q.double(), key.double()).relu()
     wanted = torch.einsum("bhe,bh->be", similarity, weight.double())
-    found = decode.scores(q, key, weight)
+    found = decode_keys.scores(q, key, weight)
     torch.testing.assert_close(found.double(), wanted, atol=1e-5, rtol=1e-5)
 
 
@@ -149,11 +140,11 @@ def test_one_softmax_over_all_keys_and_the_sink() -> None:
     keys = [torch.randn(3, n, 6, generator=generator) for n in (5, 11)]
     sees = [torch.rand(3, n, generator=generator) < 0.5 for n in (5, 11)]
     sink = torch.randn(4, generator=generator)
-    pairs = [(k, decode.bias_of(~s, torch.float32)) for k, s in zip(keys, sees, strict=True)]
+    pairs = [(k, decode_keys.bias_of(~s, torch.float32)) for k, s in zip(keys, sees, strict=True)]
     all_keys, all_sees = torch.cat(keys, 1).double(), torch.cat(sees, 1)
     weight = (q.double() @ all_keys.mT * 0.3).exp() * all_sees[:, None]
     weight = weight / (weight.sum(-1, keepdim=True) + sink.double().exp()[:, None])
-    found = decode.attend(q, pairs, sink, 0.3)
+    found = decode_keys.attend(q, pairs, sink, 0.3)
     torch.testing.assert_close(found.double(), weight @ all_keys, atol=1e-6, rtol=1e-5)
 
 
