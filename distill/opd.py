@@ -48,7 +48,7 @@ def work(stage: OpdStage, job: Job) -> None:
     config, saved = stage.distill, job.out / "step.pt"
     start = job.inputs[config.start] / "checkpoint"
     model, tokenizer = load_model(start), load_tokenizer(start)
-    teachers = hire_teachers(stage, tokenizer, job)
+    teachers = hire_teachers(stage, model, tokenizer, job)
     learner = make_learner(stage, model, teachers)
     engine = Engine(model, num_slots=config.num_slots, seed=job.seed)
     first = load_step(saved, model=model, optimizer=learner.optimizer)
@@ -65,6 +65,7 @@ def work(stage: OpdStage, job: Job) -> None:
             rollouts, rows = sample_and_score(engine, requests, stage.mixtures, teachers)
             rate = learning_rate_factor(step, num_steps=config.num_steps, config=config.optimizer)
             learned = learner.step(rows, learning_rate_factor=rate) if rows else {}
+            teachers.free(rows)
             tokens_seen += sum(len(row.example.positions) for row in rows)
             numbers = {name: float(value) for name, value in learned.items()}
             numbers |= describe(rollouts, num_skipped=len(rollouts) - len(rows))
@@ -72,6 +73,7 @@ def work(stage: OpdStage, job: Job) -> None:
             job.metrics.log(step + 1, config.num_steps, **numbers)
             if (step + 1) % config.checkpoint_every == 0:
                 save_step(saved, step=step + 1, model=model, optimizer=learner.optimizer)
+    teachers.close()
     save_checkpoint(model, tokenizer, job.out / "checkpoint")
     saved.unlink(missing_ok=True)
 
@@ -171,7 +173,9 @@ def sample_and_score(
         left[names] -= 1
         if left[names] == 0:
             rollouts[names].sort(key=lambda r: (r.domain, r.prompt_id, r.sample))
-            answers[names] = teachers.ask(examples_of(rollouts[names], mixtures))
+            coming = [mixtures[domain] for domain in sorted(mixtures) if left[names_of[domain]] > 0]
+            then = min(coming[0]) if coming else None
+            answers[names] = teachers.ask(examples_of(rollouts[names], mixtures), then=then)
     return (
         [rollout for names in sorted(rollouts) for rollout in rollouts[names]],
         [row for names in sorted(answers) for row in answers[names]()],

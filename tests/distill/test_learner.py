@@ -341,7 +341,7 @@ def test_a_loss_that_is_not_finite_updates_nothing(models: Models) -> None:
     model, teachers = models()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     rows = scored(examples(), teachers)
-    rows[1].teacher_hidden[MATHS][0, 0] = float("nan")
+    rows[1].hidden(MATHS)[0, 0] = float("nan")
     learner = Learner(
         model,
         torch.optim.SGD(model.parameters(), lr=1.0),

@@ -185,7 +185,7 @@ def test_a_resume_with_another_teacher_is_refused_by_name(
         work(stage(teachers=teachers), killed)
     shutil.rmtree(tmp_path / "teacher")
     shutil.copytree(stages["base"] / "checkpoint", tmp_path / "teacher")
-    with pytest.raises(CheckpointError, match="teacher 'teacher' was"):
+    with pytest.raises(CheckpointError, match="teacher 'teacher' is another than when this"):
         work(stage(teachers=teachers), job)
 
 
@@ -235,7 +235,9 @@ class Echo:
         for r in reversed(requests):
             yield Rollout(r.prompt_id, r.domain, 0, r.prompt, [7], [True], [0.0])
 
-    def ask(self, examples: list[Example]) -> Callable[[], list[ScoredExample]]:
+    def ask(
+        self, examples: list[Example], *, then: str | None
+    ) -> Callable[[], list[ScoredExample]]:
         return lambda: [
             ScoredExample(e, {name: torch.zeros(1, 2) for name in e.teachers}) for e in examples
         ]
