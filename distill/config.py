@@ -37,6 +37,17 @@ class DivergenceConfig(Config):
     """How many tokens `top_k` compares."""
 
 
+class GuardConfig(Config):
+    """Which gradients are not used. One whose norm is not finite never is."""
+
+    spike_factor: float | None = Field(default=20.0, gt=1)
+    """A gradient is a spike, and its update is skipped, where its norm is above so many times the
+    median of the last 64 updates'; null: none is."""
+    max_skipped: int = Field(default=3, ge=1)
+    """After so many skipped updates in a row the student goes back to its last step checkpoint and
+    on with other prompts, once in a run; after as many again the run stops."""
+
+
 class DistillConfig(Config):
     """How the student is distilled; the same for every domain."""
 
@@ -69,6 +80,8 @@ class DistillConfig(Config):
     number of rows."""
     divergence: DivergenceConfig = DivergenceConfig()
     """What is minimised at each token."""
+    guard: GuardConfig = GuardConfig()
+    """Which gradients are not used."""
     checkpoint_every: int = Field(default=20, ge=1)
     """Steps between two step checkpoints; a killed run loses at most that many."""
     num_slots: int = Field(default=64, ge=1)
