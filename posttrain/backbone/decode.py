@@ -26,6 +26,7 @@ from torch import Tensor
 from posttrain.backbone import indexer
 from posttrain.backbone.cache import CompressedStore, V4Cache
 from posttrain.backbone.decode_keys import Entries, Part, attend, bias_of, chosen, scores, whole
+from posttrain.backbone.decode_norm import normed, projected
 from posttrain.backbone.fake_quant import rounded_index, rounded_kv
 from posttrain.backbone.routing import RouteTape
 
@@ -216,31 +217,33 @@ def rotations(inv_freq: Tensor, position_B: Tensor, scaling: float, *, is_real: 
 
 
 def rotate(x: Tensor, rotation: Tensor, *, back: bool = False) -> Tensor:
-    """Turn the last channels of x (B, ..., channels), in place; `back` takes it back."""
+    """Turn the last channels of x (B, channels) or (B, h, channels), in place; `back` takes it
+    back."""
     width = 2 * rotation.shape[1]
-    part = x[..., x.shape[-1] - width :]
-    pairs = part.float().unflatten(-1, (-1, 2))
-    rotation = rotation.view(len(x), *(1,) * (x.dim() - 2), *rotation.shape[1:])
-    if rotation.is_complex():
-        torch.view_as_complex(pairs).mul_(rotation.conj() if back else rotation)
-        if part.dtype == torch.float32:
-            return x  # `pairs` is x
-    else:
+    part = x.narrow(-1, x.shape[-1] - width, width)
+    rotation = rotation if x.dim() == 2 else rotation.unsqueeze(1)
+    if not rotation.is_complex():
+        pairs = part.float().unflatten(-1, (-1, 2))
         (a, b), (cos, sin) = pairs.unbind(-1), rotation.unbind(-1)
         sin = -sin if back else sin
         pairs = torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1)
-    part.copy_(pairs.flatten(-2))
+        part.copy_(pairs.flatten(-2))
+        return x
+    pairs = part.float().view(*x.shape[:-1], -1, 2)
+    torch.view_as_complex(pairs).mul_(rotation.conj() if back else rotation)
+    if x.dtype != torch.float32:  # else `pairs` is x
+        part.copy_(pairs.flatten(-2))
     return x
 
 
 def decode_attention(attention: Any, x_BH: Tensor, context: DecodeContext) -> Tensor:
     """(B, H) -> (B, H): write this token's key, then attend to what the slot holds."""
     cache, rotation = context.cache, context.rotation_B[attention.rope_layer_type]
-    latent_BR = attention.q_a_norm(attention.q_a_proj(x_BH))
-    q_Bhd = attention.q_b_proj(latent_BR).unflatten(-1, (attention.num_heads, attention.head_dim))
-    q_Bhd = rotate(attention.q_b_norm(q_Bhd), rotation)
+    latent_BR = normed(attention.q_a_norm, projected(attention.q_a_proj, x_BH))
+    q_Bhd = projected(attention.q_b_proj, latent_BR).view(len(x_BH), -1, attention.head_dim)
+    q_Bhd = rotate(normed(attention.q_b_norm, q_Bhd), rotation)
     ring_BRd = cache.window_BWd[attention.layer_idx]
-    kv_Bd = rotate(attention.kv_norm(attention.kv_proj(x_BH)), rotation)
+    kv_Bd = rotate(normed(attention.kv_norm, projected(attention.kv_proj, x_BH)), rotation)
     kv_Bd = rounded_kv(attention.config, kv_Bd)
     context.put(ring_BRd, kv_Bd)
     window_bias = context.window_bias(ring_BRd.shape[1], cache.window, q_Bhd.dtype)
@@ -261,7 +264,7 @@ def decode_attention(attention: Any, x_BH: Tensor, context: DecodeContext) -> Te
     ]
     out_Bhd = rotate(outs[0] if len(outs) == 1 else torch.cat(outs), rotation, back=True)
     grouped = out_Bhd.flatten(1).unflatten(-1, (attention.config.o_groups, -1))
-    return attention.o_b_proj(attention.o_a_proj(grouped).flatten(1))
+    return projected(attention.o_b_proj, attention.o_a_proj(grouped).flatten(1))
 
 
 def _entries(
@@ -305,8 +308,8 @@ def append(
 ) -> None:
     """Remember this token's projections; rows whose window it closes get their entry, `rounded`
     as serving does."""
-    context.put(store.kv_BRX, module.kv_proj(x_BH))
-    context.put(store.gate_BRX, module.gate_proj(x_BH))
+    context.put(store.kv_BRX, projected(module.kv_proj, x_BH))
+    context.put(store.gate_BRX, projected(module.gate_proj, x_BH))
     closing = context.closing(store)
     if closing is None:
         return
@@ -320,7 +323,7 @@ def append(
         bias = torch.cat(bias.chunk(2, dim=-1))
     # a row's last token is always real, so no softmax is over nothing
     gate = (gate + bias).masked_fill(closing.is_missing_DS1, float("-inf"))
-    entry_DC = module.kv_norm((kv * gate.softmax(dim=1)).sum(dim=1))
+    entry_DC = normed(module.kv_norm, (kv * gate.softmax(dim=1)).sum(dim=1))
     entry_DC = rounded(rotate(entry_DC, closing.rotation)).to(store.entry_BEC.dtype)
     if closing.is_complete_D is not None:
         old_DC = store.entry_BEC[slot_D, closing.entry_D]

@@ -3,7 +3,8 @@ operator calls as there are, for at one token a row the calls are what takes the
 
 Nothing has a gradient. Streams lie token by token, so that each product is one call, and a sweep
 of Sinkhorn is two: sums + eps are one product with a matrix of zeros and ones, whose last column
-is eps and meets a row of ones.
+is eps and meets a row of ones. Numbers that sums and products take are tensors made once: a Python
+number among the arguments takes as long as the sum.
 
 Legend: T tokens, N streams, H hidden size, X = N H, C = 2 N + N N coefficients.
 """
@@ -11,12 +12,14 @@ Legend: T tokens, N streams, H hidden size, X = N H, C = 2 N + N N coefficients.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers.utils.generic import maybe_autocast
 
+from posttrain.backbone.decode_norm import constant, inverse_rms
 from posttrain.backbone.hyper_connections import Writer, wide
 from posttrain.backbone.kernels import use_kernels
 
@@ -44,33 +47,33 @@ def connect(connection: Any, x_TNH: Tensor) -> tuple[Tensor, Writer]:
     if use_kernels(x_TNH):  # one launch there for all sweeps
         return connection(x_TNH)
     num, eps, dtype = connection.hc_mult, connection.hc_eps, x_TNH.dtype
+    x_TNH = x_TNH.contiguous()  # the first layer's streams are one, and products go token by token
     with maybe_autocast(device_type=x_TNH.device.type, enabled=False):
         x_wide = wide(x_TNH)
-        fn_CX, base_C, scale_3 = (
-            p.to(x_wide.dtype) for p in (connection.fn, connection.base, connection.scale)
-        )
-        raw_CT = project(x_wide, fn_CX, connection.input_norm.eps)
-        gain_C = scale_3[part_C(num, x_TNH.device)]
-        logit_CT = torch.addcmul(base_C.unsqueeze(1), raw_CT, gain_C.unsqueeze(1))
+        raw_CT = project(x_wide, wide(connection.fn), connection.input_norm.eps)
+        gain_C = wide(connection.scale).index_select(0, part_C(num, x_TNH.device))
+        base_C1 = wide(connection.base).unsqueeze(1)
+        logit_CT = torch.addcmul(base_C1, raw_CT, gain_C.unsqueeze(1))
         gate_TG = logit_CT[: 2 * num].T.contiguous().sigmoid_()
+        pre_TN, post_TN = gate_TG.split(num, dim=1)
         comb_NNT = logit_CT[2 * num :].view(num, num, -1).softmax(dim=1)
         comb_TNN = sinkhorn(comb_NNT, connection.hc_sinkhorn_iters, eps)
-        collapsed_T1H = torch.bmm(gate_TG[:, :num].add(eps).unsqueeze(1), x_wide)
+        pre_T1N = pre_TN.add_(constant(eps, x_wide)).unsqueeze(1)
+        collapsed_TH = torch.bmm(pre_T1N, x_wide).squeeze(1)
 
     def write(y_TH: Tensor) -> Tensor:
-        post_TN1 = (2 * gate_TG[:, num:]).unsqueeze(2).to(dtype)
+        post_TN1 = (post_TN + post_TN).unsqueeze(2).to(dtype)
         written_TNH = post_TN1 * y_TH.to(dtype).unsqueeze(1)
         return written_TNH.baddbmm_(comb_TNN.to(dtype).mT, x_TNH)
 
-    return collapsed_T1H.squeeze(1).to(dtype), write
+    return collapsed_TH.to(dtype), write
 
 
 def project(x_TNH: Tensor, fn_CX: Tensor, eps: float) -> Tensor:
     """fn @ x / rms(x), (C, T)."""
     x_TX = x_TNH.flatten(1)
-    norm_T = torch.linalg.vector_norm(x_TX, dim=1)
-    scale_T = norm_T.square_().mul_(1 / x_TX.shape[1]).add_(eps).rsqrt_()
-    return torch.mm(fn_CX, x_TX.T).mul_(scale_T)
+    scale_T1 = inverse_rms(x_TX, eps)
+    return torch.mm(fn_CX, x_TX.T).mul_(scale_T1.view(-1))
 
 
 def sinkhorn(soft_NNT: Tensor, iterations: int, eps: float) -> Tensor:
@@ -79,12 +82,15 @@ def sinkhorn(soft_NNT: Tensor, iterations: int, eps: float) -> Tensor:
     num, _, tokens = soft_NNT.shape
     sums_CX = sums(num, eps, soft_NNT.dtype, soft_NNT.device)
     padded_XT = soft_NNT.new_ones(num * num + 1, tokens)
-    comb_CT = padded_XT[:-1]
-    torch.add(soft_NNT.flatten(0, 1), eps, out=comb_CT)
-    total_CT = torch.empty_like(comb_CT)
-    for sweep in range(2 * iterations - 1):
-        torch.mm(sums_CX[sweep % 2], padded_XT, out=total_CT)
-        torch.div(comb_CT, total_CT, out=comb_CT)
+    comb_CT, total_CT = padded_XT[:-1], torch.empty_like(padded_XT[:-1])
+    torch.add(soft_NNT.flatten(0, 1), constant(eps, soft_NNT), out=comb_CT)
+    divide, comb, total = cast("tuple[Any, Any, Any]", (torch.div, comb_CT, total_CT))
+    if comb_CT.device.type == "cpu":  # numpy divides so few numbers in half the time
+        divide, comb, total = np.divide, comb.numpy(), total.numpy()
+    with np.errstate(all="ignore"):  # a token that is no number is no error of the others'
+        for sweep in range(2 * iterations - 1):
+            torch.mm(sums_CX[sweep % 2], padded_XT, out=total_CT)
+            divide(comb, total, out=comb)
     return comb_CT.T.contiguous().view(tokens, num, num)
 
 
@@ -96,5 +102,5 @@ def collapse(head: Any, x_TNH: Tensor) -> Tensor:
         x_wide = wide(x_TNH)
         raw_NT = project(x_wide, wide(head.hc_fn), head.input_norm.eps)
         gate_NT = torch.addcmul(wide(head.hc_base).unsqueeze(1), raw_NT, wide(head.hc_scale))
-        pre_TN = gate_NT.T.contiguous().sigmoid_().add_(head.eps)
+        pre_TN = gate_NT.T.contiguous().sigmoid_().add_(constant(head.eps, x_wide))
         return torch.bmm(pre_TN.unsqueeze(1), x_wide).squeeze(1).to(x_TNH.dtype)

@@ -19,16 +19,16 @@ from transformers.models.deepseek_v4 import modeling_deepseek_v4 as stock
 from transformers.utils.generic import maybe_autocast
 
 from posttrain.backbone.balance import attach_balance
+from posttrain.backbone.decode_norm import projected
 from posttrain.backbone.fake_quant import rounds
 from posttrain.backbone.fp4 import fake_fp8_activation, fake_mxfp4
 from posttrain.backbone.function import plain_backward
 from posttrain.backbone.routing import RouteTape, route
 
-grouped_mm: Any = getattr(F, "grouped_mm", None) or vars(torch)["_grouped_mm"]  # before 2.10
-
-
 ROWS = 16
-"""From so many rows on, in whole blocks, torch's CPU products round each row alike."""
+"""From so many rows on, torch's CPU products round each row alike, however many there are."""
+
+grouped_mm: Any = getattr(F, "grouped_mm", None) or vars(torch)["_grouped_mm"]  # before 2.10
 
 
 class Weights(NamedTuple):
@@ -87,9 +87,10 @@ class V4SharedExpert(stock.DeepseekV4MLP):
 
     def forward(self, x: Tensor) -> Tensor:
         """(T, H) -> (T, H)."""
-        gate, up = self.gate_proj(x), self.up_proj(x)
         if not torch.is_grad_enabled():
-            return self.down_proj(swiglu(gate, up, self.limit))
+            gate, up = projected(self.gate_proj, x), projected(self.up_proj, x)
+            return projected(self.down_proj, swiglu(gate, up, self.limit))
+        gate, up = self.gate_proj(x), self.up_proj(x)
         hidden: Any = SwiGLU.apply(gate, up, self.limit)
         return self.down_proj(hidden)
 
@@ -142,7 +143,8 @@ def run_experts(
         serving = Serving(experts.limit, rounds_inputs, rounds_weights)
         args = x_TH.to(dtype), weight_Tk, gate_up, down, expert_Tk, serving
         if not torch.is_grad_enabled():
-            return served(*args)  # at a token a row the graph's bookkeeping would be felt
+            # at a token a row the graph's bookkeeping would be felt
+            return served(*args) if device == "cpu" else routed(*args)[0]
         out_TH: Any = RoutedExperts.apply(*args)
     return out_TH
 
@@ -176,22 +178,34 @@ def served(
     expert_Tk: Tensor,
     serving: Serving,
 ) -> Tensor:
-    """The output (T, H) of `routed`. Each expert's rows are filled up with zeros to whole blocks
-    of `ROWS`: on CPU a product's rounding follows its number of rows, and so what a token gets
-    would depend on how many others go to its experts."""
-    expert_R, order_R = expert_Tk.flatten().sort(stable=True)
-    groups = Groups(expert_R, len(gate_up_EJH), rows=ROWS)
-    place_R = torch.empty_like(order_R).scatter_(0, order_R, groups.place_R)
-    x_PH = x_TH.new_zeros(groups.num_rows, x_TH.shape[1])
-    x_PH[place_R] = x_TH.repeat_interleave(expert_Tk.shape[1], dim=0)
-    weight_P1 = x_TH.new_zeros(groups.num_rows, 1, dtype=weight_Tk.dtype)
-    weight_P1[place_R] = weight_Tk.flatten().unsqueeze(1)
-    gate_up_PJ = groups.times(x_PH, rounded(gate_up_EJH, x_TH, serving).mT)
-    gate_PI, up_PI = gate_up_PJ.chunk(2, dim=1)
-    hidden_PI = swiglu(gate_PI, up_PI, serving.limit).mul_(weight_P1)
+    """The output of `routed` on CPU, with nothing kept and in fewer calls. What a token gets does
+    not depend on how many others go to its experts: each product has at least `ROWS` rows, the
+    last of them those of the experts after it, whose own products then write over theirs."""
+    expert_R, top_k = expert_Tk.flatten(), expert_Tk.shape[1]
+    if not len(expert_R):
+        return torch.zeros_like(x_TH)
+    order_R = expert_R.argsort(stable=True)
+    spans, first = list[slice](), 0
+    for count in torch.bincount(expert_R, minlength=len(gate_up_EJH)).tolist():
+        spans.append(slice(first, first + max(count, ROWS) if count else first))
+        first += count
+    x_PH = x_TH.index_select(0, F.pad(order_R // top_k, (0, ROWS)))
+    gate_PI, up_PI = _products(x_PH, rounded(gate_up_EJH, x_TH, serving), spans).chunk(2, dim=1)
+    hidden_PI = swiglu(gate_PI, up_PI, serving.limit)
+    hidden_PI[:first].mul_(_column(weight_Tk, order_R))
     hidden_PI = fake_fp8_activation(hidden_PI) if serving.rounds_inputs else hidden_PI
-    out_PH = groups.times(hidden_PI, rounded(down_EHI, x_TH, serving).mT)
-    return _sum_at(out_PH, place_R.view(expert_Tk.shape))
+    out_PH = _products(hidden_PI, rounded(down_EHI, x_TH, serving), spans)
+    out_RH = torch.empty_like(out_PH[:first]).index_copy_(0, order_R, out_PH[:first])
+    return out_RH.view(len(x_TH), top_k, -1).sum(1)
+
+
+def _products(rows_PA: Tensor, weight_EBA: Tensor, spans: Sequence[slice]) -> Tensor:
+    """Each expert's weight times the rows in its span, (P, B), expert after expert."""
+    out_PB = rows_PA.new_empty(len(rows_PA), weight_EBA.shape[1])
+    for span, weight_AB in zip(spans, weight_EBA.mT.unbind(0), strict=True):
+        if span.stop > span.start:
+            torch.mm(rows_PA[span], weight_AB, out=out_PB[span])
+    return out_PB
 
 
 class RoutedExperts(torch.autograd.Function):
@@ -257,29 +271,12 @@ class Groups:
     counts never leave the device; one GEMM an expert on CPU."""
 
     def __init__(
-        self,
-        expert_R: Tensor,
-        num_experts: int,
-        *,
-        rows: int = 1,
-        is_grouped: bool | None = None,
+        self, expert_R: Tensor, num_experts: int, *, is_grouped: bool | None = None
     ) -> None:
-        """`rows`: every expert gets a multiple of so many, of which `place_R` are the rows given;
-        the rest is filling."""
         self.is_grouped = expert_R.is_cuda if is_grouped is None else is_grouped
         name_E = torch.arange(num_experts, device=expert_R.device)
         self.end_E = torch.searchsorted(expert_R, name_E, right=True, out_int32=True)
-        if rows > 1:
-            count_E = self.end_E.diff(prepend=self.end_E.new_zeros(1))
-            filled_E = ((count_E + (rows - 1)) // rows * rows).cumsum(0, dtype=torch.int32)
-            # a group starts at the sum of the filled ones before it, not of the counts
-            shift_E = (filled_E - self.end_E).roll(1)
-            shift_E[0] = 0
-            self.place_R = torch.arange(len(expert_R), device=expert_R.device) + shift_E[expert_R]
-            self.end_E = filled_E
         ends = [] if self.is_grouped else self.end_E.tolist()
-        # the most there can be where the host does not know
-        self.num_rows = ends[-1] if ends else len(expert_R) + num_experts * (rows - 1)
         self.sizes = [end - first for first, end in pairwise([0, *ends])]
 
     def times(self, rows_RA: Tensor, matrix_EAB: Tensor) -> Tensor:
@@ -348,15 +345,10 @@ def _column(weight_Tk: Tensor, order_R: Tensor) -> Tensor:
 
 
 def _sum_by_token(rows_RH: Tensor, order_R: Tensor, shape: torch.Size) -> Tensor:
-    """The k rows of each token added, (T, H)."""
-    row_R = torch.arange(len(order_R), device=order_R.device)
-    return _sum_at(rows_RH, torch.empty_like(row_R).scatter_(0, order_R, row_R).view(shape))
-
-
-def _sum_at(rows_RH: Tensor, place_Tk: Tensor) -> Tensor:
-    """The rows at these places added, (T, H): by gathers, so that the order of the sum is fixed
+    """The k rows of each token added, (T, H): by gathers, so that the order of the sum is fixed
     on GPU too."""
-    place_kT = place_Tk.T.contiguous()
+    row_R = torch.arange(len(order_R), device=order_R.device)
+    place_kT = torch.empty_like(row_R).scatter_(0, order_R, row_R).view(shape).T.contiguous()
     out_TH = rows_RH.index_select(0, place_kT[0])
     for place_T in place_kT[1:]:
         out_TH.add_(rows_RH.index_select(0, place_T))

@@ -10,6 +10,7 @@ from posttrain.backbone import decode_hyper
 from posttrain.backbone.attention import Context, V4Attention
 from posttrain.backbone.auxiliary import touch
 from posttrain.backbone.decode import DecodeContext, decode_attention
+from posttrain.backbone.decode_norm import normed
 from posttrain.backbone.experts import V4SparseMoeBlock
 from posttrain.backbone.hyper_connections import V4HyperConnection
 from posttrain.backbone.norm import V4RMSNorm
@@ -32,15 +33,19 @@ class V4DecoderLayer(stock.DeepseekV4DecoderLayer):
         self, x_TNH: Tensor, token_id_T: Tensor, context: Context | DecodeContext
     ) -> Tensor:
         """Streams (T, N, H) -> (T, N, H)."""
-        is_step = isinstance(context, DecodeContext)
-        connect = decode_hyper.connect if is_step else V4HyperConnection.__call__
-        collapsed, write = connect(self.attn_hc, x_TNH)
-        normed = self.input_layernorm(collapsed)
         if isinstance(context, DecodeContext):
-            x_TNH = write(decode_attention(self.self_attn, normed, context))
-        else:
-            x_TNH = write(self.self_attn(normed, context))
-        collapsed, write = connect(self.ffn_hc, x_TNH)
-        normed = self.post_attention_layernorm(collapsed)
-        x_TNH = write(self.mlp(normed, token_id_T, context))
+            return self._step(x_TNH, token_id_T, context)
+        collapsed, write = self.attn_hc(x_TNH)
+        x_TNH = write(self.self_attn(self.input_layernorm(collapsed), context))
+        collapsed, write = self.ffn_hc(x_TNH)
+        x_TNH = write(self.mlp(self.post_attention_layernorm(collapsed), token_id_T, context))
         return x_TNH if len(x_TNH) else touch(x_TNH, self.parameters())
+
+    def _step(self, x_TNH: Tensor, token_id_T: Tensor, context: DecodeContext) -> Tensor:
+        """The same of one token a slot."""
+        collapsed, write = decode_hyper.connect(self.attn_hc, x_TNH)
+        normed_TH = normed(self.input_layernorm, collapsed)
+        x_TNH = write(decode_attention(self.self_attn, normed_TH, context))
+        collapsed, write = decode_hyper.connect(self.ffn_hc, x_TNH)
+        normed_TH = normed(self.post_attention_layernorm, collapsed)
+        return write(self.mlp(normed_TH, token_id_T, context))

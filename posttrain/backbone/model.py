@@ -26,6 +26,7 @@ from posttrain.backbone.auxiliary import join_trainers, step_share
 from posttrain.backbone.balance import LoadMeter
 from posttrain.backbone.cache import V4Cache
 from posttrain.backbone.decode import DecodeContext, context_of
+from posttrain.backbone.decode_norm import normed
 from posttrain.backbone.fake_quant import round_inputs
 from posttrain.backbone.hyper_connections import V4HyperHead
 from posttrain.backbone.layer import V4DecoderLayer
@@ -272,7 +273,7 @@ class V4Model(V4PreTrainedModel, stock.DeepseekV4Model):
         with torch.inference_mode():  # a ninth faster than no_grad at one token a row
             context = context_of(self, cache, tape=tape and tape.of_rows(is_live_B))
             x_BNH = self._streams(self.embed_tokens(token_B), token_B, context)
-            hidden_BH = self.norm(decode_hyper.collapse(self.hc_head, x_BNH))
+            hidden_BH = normed(self.norm, decode_hyper.collapse(self.hc_head, x_BNH))
         cache.advance(is_live_B)
         return hidden_BH.clone()
 

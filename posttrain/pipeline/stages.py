@@ -233,12 +233,7 @@ class _Builder:
             specs = [_without(spec, UNREWARDED) for spec in specs]
         config = OpdStage(domains=specs, distill=distill, teachers=teachers)
         self.checkpoints[name] = self._add(
-            name,
-            "distill.opd:work",
-            config,
-            inputs,
-            domains=specs,
-            num_helpers=distill.num_teacher_workers,
+            name, "distill.opd:work", config, inputs, domains=specs, num_helpers=1
         )
 
     def _add_mixed(self) -> None:

@@ -12,12 +12,15 @@ from transformers.models.deepseek_v4 import DeepseekV4Config
 from transformers.models.deepseek_v4 import modeling_deepseek_v4 as stock
 
 from posttrain.backbone.experts import (
+    ROWS,
     Groups,
     RoutedExperts,
     Serving,
     SwiGLU,
     V4SharedExpert,
+    routed,
     run_experts,
+    served,
     swiglu_backward,
 )
 from posttrain.backbone.fp4 import fake_fp8_activation
@@ -174,3 +177,38 @@ def test_gradients_pass_at_the_limit_and_stop_beyond(dtype: torch.dtype) -> None
         torch.testing.assert_close(
             a.float(), b, rtol=0.01 if dtype == torch.bfloat16 else 1e-6, atol=0
         )
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (40, 8, 6, 12, 2)])
+@torch.no_grad()
+def test_without_gradients_experts_give_the_same(shape: tuple[int, ...]) -> None:
+    p = draw(shape)
+    for serving in (Serving(LIMIT), Serving(LIMIT, rounds_inputs=True)):
+        args = p.x, p.weight, p.gate_up_proj, p.down_proj, p.expert, serving
+        torch.testing.assert_close(served(*args), routed(*args)[0], atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_a_token_has_the_same_bits_wherever_others_go(dtype: torch.dtype) -> None:
+    p = draw((64, 96, 48, 8, 2), dtype=dtype)
+    args = p.x, p.weight, p.gate_up_proj, p.down_proj
+    wanted = served(*args, p.expert, Serving(LIMIT))[:1]
+    generator = torch.Generator().manual_seed(1)
+    for num_elsewhere in (0, 1, 2, 3, 7, ROWS, 40, 63):  # the first token's experts: 64 .. 1 rows
+        expert = p.expert[:1].expand(64, -1).clone()
+        others = [e for e in range(8) if e not in p.expert[0]]
+        for row in 63 - torch.randperm(63, generator=generator)[:num_elsewhere]:
+            expert[row] = torch.tensor(others)[torch.randperm(6, generator=generator)[:2]]
+        assert torch.equal(served(*args, expert, Serving(LIMIT))[:1], wanted)
+
+
+@torch.no_grad()
+def test_a_token_that_is_no_number_spoils_no_other() -> None:
+    p = draw((20, 6, 5, 3, 2))
+    args = p.weight, p.gate_up_proj, p.down_proj, p.expert, Serving(LIMIT)
+    wanted = served(p.x, *args)
+    x = p.x.clone()
+    x[3] = float("nan")
+    is_well = torch.arange(20) != 3
+    assert torch.equal(served(x, *args)[is_well], wanted[is_well])

@@ -4,9 +4,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.models.deepseek_v4 import modeling_deepseek_v4 as stock
 
+from posttrain.backbone.decode_norm import normed, projected
 from posttrain.backbone.norm import RMSNorm, V4RMSNorm, V4UnweightedRMSNorm
 from posttrain.backbone.rope import rotate, rotations
 
@@ -64,3 +65,39 @@ def test_rotating_equals_rotation_matrices(dtype: torch.dtype) -> None:
     (a,) = torch.autograd.grad(found, x, upstream.to(dtype))
     (b,) = torch.autograd.grad(wanted, x, upstream)
     torch.testing.assert_close(a.double(), b.double(), atol=atol, rtol=rtol)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_decode_steps_norm_is_the_modules(dtype: torch.dtype) -> None:
+    x = draw(5, 3, 7, seed=6).detach().to(dtype)
+    x[0] = 0.0
+    weighted = V4RMSNorm(7, eps=0.01)
+    weighted.weight.data.copy_(draw(7, seed=7))
+    tolerance = {torch.float32: 1e-6, torch.float64: 1e-13, torch.bfloat16: 1e-2}[dtype]
+    with torch.no_grad():
+        for module in (weighted.to(dtype), V4UnweightedRMSNorm(eps=0.01)):
+            found = normed(module, x)
+            assert found.dtype == dtype
+            torch.testing.assert_close(found, module(x), atol=tolerance, rtol=tolerance)
+
+
+def test_what_hangs_on_a_module_takes_part_in_a_decode_step() -> None:
+    """Hooks, a forward put in the place of the class's, and classes of others, as adapters are."""
+
+    class Adapted(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+            return super().forward(x) + 1
+
+    x = draw(2, 3, seed=8).detach().float()
+    with torch.no_grad():
+        for call, kind in ((projected, nn.Linear), (projected, Adapted), (normed, V4RMSNorm)):
+            make: Any = kind
+            for hang in ("nothing", "pre-hook", "hook", "forward"):
+                module = make(3, 3) if call is projected else make(3)
+                if hang == "pre-hook":
+                    module.register_forward_pre_hook(lambda _, args: (args[0] * 2,))
+                elif hang == "hook":
+                    module.register_forward_hook(lambda _, __, out: out * 2)
+                elif hang == "forward":
+                    module.forward = lambda x: x * 3
+                torch.testing.assert_close(call(module, x), module(x), atol=1e-6, rtol=1e-6)
