@@ -10,6 +10,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from distill.hidden_store import HiddenRow
 from posttrain.rollout.types import Rollout
 
 
@@ -40,10 +41,16 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class ScoredExample:
-    """An example and, by teacher, the last hidden states at its positions, [len(positions), Hi]."""
+    """An example and, by teacher, the last hidden states at its positions, [len(positions), Hi], or
+    where they are."""
 
     example: Example
-    teacher_hidden: Mapping[str, Tensor]
+    teacher_hidden: Mapping[str, Tensor | HiddenRow]
+
+    def hidden(self, teacher: str) -> Tensor:
+        """The hidden states, mapped and not copied where another process made them."""
+        found = self.teacher_hidden[teacher]
+        return found.read() if isinstance(found, HiddenRow) else found
 
 
 def example_from_rollout(rollout: Rollout, *, teachers: Mapping[str, float]) -> Example | None:
@@ -145,7 +152,7 @@ def _groups(rows: Sequence[ScoredExample]) -> Iterator[Group]:
         mixture_Bn = torch.tensor([[row.example.teachers[name] for name in names] for row in group])
         num_tokens = torch.tensor([len(row.example.positions) for row in group])
         mixture_Nn = mixture_Bn.double().repeat_interleave(num_tokens, dim=0)
-        hidden = [torch.cat([row.teacher_hidden[name] for row in group]) for name in names]
+        hidden = [torch.cat([row.hidden(name) for row in group]) for name in names]
         yield Group(names, slice(start, start + len(mixture_Nn)), mixture_Nn, hidden)
         start += len(mixture_Nn)
 

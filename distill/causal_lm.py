@@ -1,6 +1,7 @@
 """What distillation reads of a causal language model: its last hidden states and its head.
 
-Logits must be `hidden @ head.T` and nothing else, since the loss rebuilds them from the two.
+Logits must be `scale * (hidden @ head.T + bias)` and nothing else, since the loss rebuilds them
+from these.
 """
 
 from typing import Any
@@ -9,7 +10,10 @@ from torch import Tensor
 
 from posttrain.errors import CheckpointError
 
-LOGIT_CHANGES = {"final_logit_softcapping": None, "logit_scale": 1.0, "logits_scaling": 1.0}
+SOFTCAP = "final_logit_softcapping"
+"""The config field of a change of the logits that no scale and bias can say."""
+
+LOGIT_CHANGES = {SOFTCAP: None, "logit_scale": 1.0, "logits_scaling": 1.0}
 """Config fields by which some architectures change logits after the head; the harmless value."""
 
 
@@ -36,3 +40,16 @@ def head_weight(model: Any, *, name: str) -> Tensor:
             "hidden states times head: use a model without that"
         )
     return head.weight
+
+
+def logit_scale(config: Any, *, name: str) -> float:
+    """What a config multiplies the head's logits by: Cohere's `logit_scale`, Granite's division by
+    `logits_scaling`. Raises CheckpointError where it does more than that."""
+    if getattr(config, SOFTCAP, None) is not None:
+        raise CheckpointError(
+            f"{name} changes its logits by {SOFTCAP}, which the loss cannot rebuild from hidden "
+            "states and head: use a teacher without that"
+        )
+    factor = getattr(config, "logit_scale", None)
+    divisor = getattr(config, "logits_scaling", None)
+    return (1.0 if factor is None else float(factor)) / (1.0 if divisor is None else divisor)

@@ -37,6 +37,17 @@ class DivergenceConfig(Config):
     """How many tokens `top_k` compares."""
 
 
+class GuardConfig(Config):
+    """Which gradients are not used. One whose norm is not finite never is."""
+
+    spike_factor: float | None = Field(default=20.0, gt=1)
+    """A gradient is a spike, and its update is skipped, where its norm is above so many times the
+    median of the last 64 updates'; null: none is."""
+    max_skipped: int = Field(default=3, ge=1)
+    """After so many skipped updates in a row the student goes back to its last step checkpoint and
+    on with other prompts, once in a run; after as many again the run stops."""
+
+
 class DistillConfig(Config):
     """How the student is distilled; the same for every domain."""
 
@@ -69,13 +80,25 @@ class DistillConfig(Config):
     number of rows."""
     divergence: DivergenceConfig = DivergenceConfig()
     """What is minimised at each token."""
+    guard: GuardConfig = GuardConfig()
+    """Which gradients are not used."""
     checkpoint_every: int = Field(default=20, ge=1)
     """Steps between two step checkpoints; a killed run loses at most that many."""
     num_slots: int = Field(default=64, ge=1)
     """Rollouts that are decoded side by side."""
     num_resident_teachers: int = Field(default=8, ge=1)
-    """Teachers, and their heads on the learner, in memory at once; the least recently used one
-    makes room. Changes speed and memory, never the result."""
+    """Teachers, and their heads on the learner, in memory at once, besides the next one, which is
+    read meanwhile; the least recently used one makes room, LoRA specialists of one base count as
+    one. Changes speed and memory, never the result."""
+    num_teacher_workers: int = Field(default=1, ge=1)
+    """Processes over which each teacher's weights and rows are spread, or as many as the run has
+    besides the learner's. Changes speed and memory, never the result."""
+    teacher_dtype: Literal["float32", "bfloat16"] = "float32"
+    """What teachers compute and are kept in. The rounding of bfloat16 alone is a KL of about 1e-5
+    nats a token."""
+    hidden_memory_gb: float = Field(default=1.0, ge=0)
+    """Teachers' hidden states that wait for the learner in memory, in GB; the others wait on
+    disk."""
     teacher_timeout_s: float = Field(default=600.0, gt=0)
     """Seconds to wait for one teacher to score one step's rows."""
     evaluate_every: int = Field(default=0, ge=0)

@@ -1,41 +1,104 @@
 """Before the first step: which checkpoint each teacher is, that it speaks the student's tokens,
 that it is the one the run began with, and the pool that holds it."""
 
+import hashlib
 import json
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import AutoTokenizer
+
 from distill.config import OpdStage
-from distill.teachers import Teachers
+from distill.hidden_store import HiddenStore
+from distill.reverse_kl import Head
+from distill.teacher_adapters import check_adapter
+from distill.teacher_files import Place, find_teacher
+from distill.teacher_models import Loader, load_config, stable
+from distill.teachers import Teacher, Teachers
 from posttrain.checkpoints import load_tokenizer, weights_hash
 from posttrain.errors import CheckpointError
 from posttrain.files import write_atomic
 from posttrain.job import Job
 from posttrain.tokenizer import check_same_tokens
 
+PINNED = "teachers.json"
 
-def hire_teachers(stage: OpdStage, student_tokenizer: Any, job: Job) -> Teachers:
+
+def hire_teachers(stage: OpdStage, student: Any, tokenizer: Any, job: Job) -> Teachers:
     """The stage's teachers, checked, in one pool.
 
     Raises TokenizerMismatch for a teacher of other tokens, CheckpointError for one that changed.
     """
     config = stage.distill
-    folders = {name: teacher_folder(name, job) for name in stage.teacher_names}
-    for name, folder in folders.items():
-        check_same_tokens(student_tokenizer, load_tokenizer(folder), name=name)
-    pin_teachers(job.out / "teachers.json", folders)
-    pool = job.role(
-        "distill.teachers:TeacherPool",
-        {
-            "teachers": {name: str(folder) for name, folder in folders.items()},
-            "capacity": config.num_resident_teachers,
-            "rows_per_batch": config.rows_per_microbatch,
-        },
-    )
+    examine = Examiner(student, tokenizer, job, dtype=config.teacher_dtype)
+    teachers = [examine(name) for name in stage.teacher_names]
+    num_workers = max(1, min(config.num_teacher_workers, job.num_places))
+    meeting = job.out.resolve() / f"teachers-{secrets.token_hex(4)}.tmp"
+    pool = [
+        job.role(
+            "distill.teachers:TeacherPool",
+            {
+                "capacity": config.num_resident_teachers,
+                "dtype": config.teacher_dtype,
+                "rank": rank,
+                "num_workers": num_workers,
+                "meeting": meeting,
+                "timeout_s": config.teacher_timeout_s,
+            },
+        )
+        for rank in range(num_workers)
+    ]
     return Teachers(
-        pool, num_heads=config.num_resident_teachers, timeout_s=config.teacher_timeout_s
+        pool,
+        teachers,
+        store=HiddenStore(job.out / "hidden", memory_bytes=int(config.hidden_memory_gb * 1e9)),
+        num_heads=config.num_resident_teachers,
+        rows_per_batch=config.rows_per_microbatch,
+        timeout_s=config.teacher_timeout_s,
     )
+
+
+class Examiner:
+    """Tells whether a teacher can teach the student, and who it is."""
+
+    def __init__(self, student: Any, tokenizer: Any, job: Job, *, dtype: str) -> None:
+        self._vocab_size = len(student.get_output_embeddings().weight)
+        self._tokenizer = tokenizer
+        self._job = job
+        self._dtype = dtype
+        self._loader = Loader(dtype=torch.float32, device="cpu")
+
+    def __call__(self, name: str) -> Teacher:
+        """The teacher of this name, pinned: from now on it is this one. Raises CheckpointError or
+        TokenizerMismatch, by name, where it cannot teach or is another than it was."""
+        folder = teacher_folder(name, self._job)
+        place = find_teacher(folder)
+        tokenizers = [load_tokenizer(place.base)]
+        if place.adapter:
+            check_adapter(place.adapter, self._loader.skeleton(place.base))
+            if (place.adapter / "tokenizer.json").exists():
+                tokenizers.append(AutoTokenizer.from_pretrained(place.adapter))
+        for tokenizer in tokenizers:
+            check_same_tokens(self._tokenizer, tokenizer, name=name)
+        head = self._loader.head(place.base)
+        if len(head.weight) != self._vocab_size:
+            raise CheckpointError(
+                f"teacher {name!r} has a head of {len(head.weight)} tokens and the student one of "
+                f"{self._vocab_size}: the KL is over the whole vocabulary, so pad or cut one"
+            )
+        found = identify(place, head, tokenizers[0])
+        pin(self._job.out / PINNED, name, found)
+        summary = json.dumps([found, self._dtype], sort_keys=True)
+        return Teacher(
+            name,
+            folder,
+            identity=hashlib.sha256(summary.encode()).hexdigest(),
+            hidden_size=head.weight.shape[1],
+            itemsize=getattr(torch, self._dtype).itemsize,
+        )
 
 
 def teacher_folder(name: str, job: Job) -> Path:
@@ -45,18 +108,47 @@ def teacher_folder(name: str, job: Job) -> Path:
     return (job.folder / name).resolve()
 
 
-def pin_teachers(path: Path, folders: Mapping[str, Path]) -> None:
-    """Writes the teachers' identities, hashes of weights and tokenizer, or compares them with what
-    an earlier attempt wrote. Raises CheckpointError, naming the teacher, where one differs."""
-    found = {name: weights_hash(folder) for name, folder in folders.items()}
-    if not path.exists():
-        write_atomic(path, json.dumps(found, indent=1))
-        return
-    pinned = json.loads(path.read_text(encoding="utf-8"))
-    for name in sorted(pinned.keys() | found.keys()):
-        if pinned.get(name) != found.get(name):
-            raise CheckpointError(
-                f"teacher {name!r} was {str(pinned.get(name, 'absent'))[:12]} when this run began "
-                f"and is {str(found.get(name, 'absent'))[:12]} now: put the first one back, or "
-                f"delete {path.parent} to distil anew"
-            )
+def identify(place: Place, head: Head, tokenizer: Any) -> dict[str, str]:
+    """Hashes by part: all that decides what a teacher says of a token."""
+    config = json.dumps(stable(load_config(place.base).to_dict()), sort_keys=True, default=str)
+    tokens = json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    parts = {
+        "weights": weights_hash(place.base),
+        "config": hashlib.sha256(config.encode()).hexdigest(),
+        "tokenizer": hashlib.sha256(tokens.encode()).hexdigest(),
+        "head": hash_head(head),
+    }
+    if place.adapter:
+        settings = (place.adapter / "adapter_config.json").read_bytes()
+        digest = hashlib.sha256(settings + weights_hash(place.adapter).encode())
+        parts["adapter"] = digest.hexdigest()
+    return parts
+
+
+def hash_head(head: Head) -> str:
+    """sha256 of a head's numbers."""
+    digest = hashlib.sha256(f"{head.scale}".encode())
+    for tensor in (head.weight, head.bias):
+        if tensor is not None:
+            digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def pin(path: Path, name: str, found: Mapping[str, str]) -> None:
+    """Write down who a teacher is, or compare it with what an earlier attempt wrote. Raises
+    CheckpointError, naming it and what differs."""
+    pinned = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    before = pinned.setdefault(name, dict(found))
+    differing = [
+        part for part in sorted(before.keys() | found.keys()) if before.get(part) != found.get(part)
+    ]
+    if differing:
+        changes = ", ".join(
+            f"{part} {before.get(part, 'none')[:12]} then, {found.get(part, 'none')[:12]} now"
+            for part in differing
+        )
+        raise CheckpointError(
+            f"teacher {name!r} is another than when this run began ({changes}): put the first one "
+            f"back, or delete {path.parent} to distil anew"
+        )
+    write_atomic(path, json.dumps(pinned, indent=1, sort_keys=True))

@@ -7,6 +7,8 @@ over the token's teachers i, or another divergence where it is asked for.
 Shapes: B rows, S padded length, N loss tokens, D domains, V vocabulary, H hidden size.
 """
 
+import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,10 +19,13 @@ from distill.balance import Denominator, Totals, token_weights
 from distill.batch import Group, MicroBatch, ScoredExample, microbatches
 from distill.causal_lm import head_weight, hidden_states
 from distill.divergences import Kind, divergence
+from distill.guard import Guard
 from distill.mesh import Mesh
 from distill.reverse_kl import Head, ReverseKL, as_head, reverse_kl
 from distill.tally import Tally
 from posttrain.backbone.auxiliary import scale_own_losses
+
+log = logging.getLogger(__name__)
 
 
 class Student(nn.Module):
@@ -59,10 +64,11 @@ class Learner:
         rows_per_microbatch: int = 64,
         tokens_per_microbatch: int | None = None,
         max_grad_norm: float = 1.0,
+        guard: Guard | None = None,
     ) -> None:
         """`shares` gives each domain its share of the loss, in any unit; `head(teacher)` a
         teacher's head, (V, Hi) or with a bias and a scale; `beta` and `top_k` belong to the
-        divergences of those names."""
+        divergences of those names; `guard` decides which gradients are used."""
         self.mesh = Mesh()
         self.student, self.optimizer = self.mesh.prepare(Student(model), optimizer)
         self.peak_rates = [group["lr"] for group in self.optimizer.param_groups]
@@ -76,14 +82,13 @@ class Learner:
         self.rows_per_microbatch = rows_per_microbatch
         self.tokens_per_microbatch = tokens_per_microbatch
         self.max_grad_norm = max_grad_norm
+        self.guard = guard or Guard()
 
     def step(
         self, rows: Sequence[ScoredExample], *, learning_rate_factor: float = 1.0
     ) -> dict[str, Tensor]:
-        """One update on this rank's rows, at least one; the step's metrics over all ranks.
-
-        Raises FloatingPointError, before the update, where the loss or its gradient is not finite.
-        """
+        """One update on this rank's rows, at least one, or none where the guard says so; the step's
+        metrics over all ranks."""
         totals = self._count(rows)
         batches = list(
             microbatches(
@@ -100,16 +105,21 @@ class Learner:
                 self._learn(batch, totals, tally)
         scale_own_losses(self.student, None)  # another trainer's of this model find it as it was
         grad_norm = self.mesh.clip_grad_norm(self.student, self.max_grad_norm)
-        if not grad_norm.isfinite():
-            raise FloatingPointError(
-                f"the gradient's norm is {grad_norm.item()}: nothing was updated; a lower "
-                "learning rate is the usual remedy"
-            )
-        for group, peak in zip(self.optimizer.param_groups, self.peak_rates, strict=True):
-            group["lr"] = peak * learning_rate_factor
-        self.optimizer.step()
+        self._update(grad_norm.item(), learning_rate_factor)
+        metrics = tally.metrics(is_ablation=self.kind != "reverse_kl")
+        skipped = self._tensor(self.guard.num_skipped)
+        rolled_back = self._tensor(self.guard.num_rolled_back)
+        counts = {"updates_skipped": skipped, "rolled_back": rolled_back}
+        return {"grad_norm": grad_norm, **counts, **metrics}
+
+    def _update(self, grad_norm: float, learning_rate_factor: float) -> None:
+        if self.guard.judge(grad_norm) == "update":
+            for group, peak in zip(self.optimizer.param_groups, self.peak_rates, strict=True):
+                group["lr"] = peak * learning_rate_factor
+            self.optimizer.step()
+        else:
+            log.warning("nothing was updated: %s", self.guard.reason(grad_norm))
         self.optimizer.zero_grad(set_to_none=True)
-        return {"grad_norm": grad_norm, **tally.metrics(is_ablation=self.kind != "reverse_kl")}
 
     def _count(self, rows: Sequence[ScoredExample]) -> Totals:
         """Loss tokens by domain, rows, and all tokens, over all ranks."""
@@ -132,9 +142,15 @@ class Learner:
         share = batch.attention_mask_BS.sum() / totals.num_inputs * self.mesh.size
         hidden_NH, head_VH = self.student(batch, share.float())
         hidden_NH.retain_grad()
-        compared = [
-            self._compare(hidden_NH, head_VH, batch, group, weight_N) for group in batch.groups
-        ]
+        try:
+            compared = [
+                self._compare(hidden_NH, head_VH, batch, group, weight_N) for group in batch.groups
+            ]
+        except FloatingPointError as error:
+            log.warning("a loss that is not finite: %s", error)
+            # the other ranks wait for this one's backward; no number is left that could be used
+            self.mesh.backward((hidden_NH.sum() + head_VH.sum()) * math.nan)
+            return
         self.mesh.backward(torch.stack([found.loss for found, _ in compared]).sum())
         assert hidden_NH.grad is not None
         tally.add(
@@ -176,5 +192,5 @@ class Learner:
         options |= {"sampled": batch.sampled_N[group.tokens], **self.options}
         return divergence(self.kind, *student, teachers, **options), kl
 
-    def _tensor(self, values: Sequence[Any]) -> Tensor:
+    def _tensor(self, values: Any) -> Tensor:
         return torch.tensor(values, dtype=torch.float64, device=self.mesh.device)

@@ -20,9 +20,10 @@ import torch
 
 from distill.batch import Example, ScoredExample, example_from_rollout
 from distill.config import DistillConfig, OpdStage
+from distill.guard import Guard
 from distill.hiring import hire_teachers
 from distill.learner import Learner
-from distill.resume import load_step, save_step
+from distill.resume import StepCheckpoint
 from distill.schedule import Schedule, Visit
 from distill.scores import heldout_requests, sampled_scores
 from distill.teachers import Teachers
@@ -45,13 +46,14 @@ def work(stage: OpdStage, job: Job) -> None:
     if (job.out / "checkpoint").exists():  # killed after its last save
         return
     torch.set_num_threads(job.num_threads)
-    config, saved = stage.distill, job.out / "step.pt"
+    config = stage.distill
     start = job.inputs[config.start] / "checkpoint"
     model, tokenizer = load_model(start), load_tokenizer(start)
-    teachers = hire_teachers(stage, tokenizer, job)
+    teachers = hire_teachers(stage, model, tokenizer, job)
     learner = make_learner(stage, model, teachers)
     engine = Engine(model, num_slots=config.num_slots, seed=job.seed)
-    first = load_step(saved, model=model, optimizer=learner.optimizer)
+    checkpoint = StepCheckpoint(job.out / "step.pt", model, learner)
+    first = checkpoint.begin()
     job.metrics.rewind(first or -1)
     with open_tasks(stage, tokenizer, job) as tasks:
         schedule = make_schedule(tasks, config.prompts_per_step, job.seed)
@@ -65,15 +67,18 @@ def work(stage: OpdStage, job: Job) -> None:
             rollouts, rows = sample_and_score(engine, requests, stage.mixtures, teachers)
             rate = learning_rate_factor(step, num_steps=config.num_steps, config=config.optimizer)
             learned = learner.step(rows, learning_rate_factor=rate) if rows else {}
+            teachers.free(rows)
+            checkpoint.heed_guard()
             tokens_seen += sum(len(row.example.positions) for row in rows)
             numbers = {name: float(value) for name, value in learned.items()}
             numbers |= describe(rollouts, num_skipped=len(rollouts) - len(rows))
             numbers |= {"tokens_seen": tokens_seen, **score(step + 1)}
             job.metrics.log(step + 1, config.num_steps, **numbers)
             if (step + 1) % config.checkpoint_every == 0:
-                save_step(saved, step=step + 1, model=model, optimizer=learner.optimizer)
+                checkpoint.save(step + 1)
+    teachers.close()
     save_checkpoint(model, tokenizer, job.out / "checkpoint")
-    saved.unlink(missing_ok=True)
+    checkpoint.delete()
 
 
 @contextmanager
@@ -126,6 +131,7 @@ def make_learner(stage: OpdStage, model: Any, teachers: Teachers) -> Learner:
         rows_per_microbatch=config.rows_per_microbatch,
         tokens_per_microbatch=config.tokens_per_microbatch,
         max_grad_norm=optimizer.max_grad_norm,
+        guard=Guard(spike_factor=config.guard.spike_factor, max_skipped=config.guard.max_skipped),
     )
 
 
@@ -171,7 +177,9 @@ def sample_and_score(
         left[names] -= 1
         if left[names] == 0:
             rollouts[names].sort(key=lambda r: (r.domain, r.prompt_id, r.sample))
-            answers[names] = teachers.ask(examples_of(rollouts[names], mixtures))
+            coming = [mixtures[domain] for domain in sorted(mixtures) if left[names_of[domain]] > 0]
+            then = min(coming[0]) if coming else None
+            answers[names] = teachers.ask(examples_of(rollouts[names], mixtures), then=then)
     return (
         [rollout for names in sorted(rollouts) for rollout in rollouts[names]],
         [row for names in sorted(answers) for row in answers[names]()],

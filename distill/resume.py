@@ -1,34 +1,78 @@
 """The step checkpoint: what a killed distillation goes on from, to the same bits.
 
 Prompts, sampling and the learning rate are functions of the step; all the rest of a run's state is
-here: the student, its optimizer and torch's generator.
+here: the student, its optimizer, the guard's norms and torch's generator.
 """
 
+import logging
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from distill.learner import Learner
+from posttrain.errors import StageError
 
-def save_step(path: Path, *, step: int, model: Any, optimizer: torch.optim.Optimizer) -> None:
-    """The state after `step` steps; replaces the earlier one whole."""
-    partial = path.with_name(path.name + ".tmp")
-    state = {
-        "step": step,
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "rng": torch.get_rng_state(),
-    }
-    torch.save(state, partial)
-    partial.replace(path)
+log = logging.getLogger(__name__)
 
 
-def load_step(path: Path, *, model: Any, optimizer: torch.optim.Optimizer) -> int:
-    """Restores the state in place; the number of steps that are done, 0 where there is no file."""
-    if not path.exists():
-        return 0
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    torch.set_rng_state(state["rng"])
-    return state["step"]
+class StepCheckpoint:
+    """The file `path`, replaced whole by each save."""
+
+    def __init__(self, path: Path, model: Any, learner: Learner) -> None:
+        self._path, self._model, self._learner = path, model, learner
+
+    def begin(self) -> int:
+        """Restores what is there; the number of steps that are done. A new run's first weights are
+        saved, since it may have to go back to them."""
+        if not self._path.exists():
+            self.save(0)
+            return 0
+        state = self._restore()
+        self._learner.guard.load(state["guard"])
+        torch.set_rng_state(state["rng"])
+        return state["step"]
+
+    def save(self, step: int) -> None:
+        """The state after `step` steps; none after a skipped one, since weights that give a bad
+        gradient are nothing to go back to."""
+        if self._learner.guard.verdict == "skip":
+            return
+        partial = self._path.with_name(self._path.name + ".tmp")
+        state = {
+            "step": step,
+            "model": self._model.state_dict(),
+            "optimizer": self._learner.optimizer.state_dict(),
+            "guard": self._learner.guard.state(),
+            "rng": torch.get_rng_state(),
+        }
+        torch.save(state, partial)
+        partial.replace(self._path)
+
+    def heed_guard(self) -> None:
+        """After a step: go back where the guard says so, to go on with the next step's prompts. A
+        resumed run comes to the same. Raises StageError where it has had enough."""
+        verdict = self._learner.guard.verdict
+        if verdict == "roll_back":
+            step = self._restore()["step"]
+            self._learner.guard.verdict = "update"  # heeded: of weights that were good
+            log.warning(
+                "the student and its optimizer are again what they were after step %d", step
+            )
+        if verdict == "stop":
+            raise StageError(
+                "gradients are not finite or spikes step after step, and were so before the "
+                "student went back to its last checkpoint: lower distill.optimizer.learning_rate, "
+                "or raise distill.guard.spike_factor if they are no spikes; log.txt names each"
+            )
+
+    def delete(self) -> None:
+        """The run is over."""
+        self._path.unlink(missing_ok=True)
+
+    def _restore(self) -> dict[str, Any]:
+        """Weights and optimizer, in place; all that the file holds."""
+        state = torch.load(self._path, map_location="cpu", weights_only=True)
+        self._model.load_state_dict(state["model"])
+        self._learner.optimizer.load_state_dict(state["optimizer"])
+        return state

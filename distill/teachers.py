@@ -1,39 +1,113 @@
-"""Teachers: any number of checkpoints behind one pool that holds a few of them at a time.
+"""Teachers: any number of checkpoints behind one pool of workers that holds a few at a time.
 
 The pool answers with last hidden states, never logits: 32 times less at the size of DeepSeek-V4
-Flash, and the learner rebuilds logits from the teacher's head, which it gets once. It is a plain
-class; whether it lives in this process or another is the job's business.
+Flash. The learner rebuilds logits from the teacher's head, which it reads from disk itself. A
+worker is a plain class; whether it lives in this process or another is the job's business.
 """
 
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import errno
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar
+from typing import Generic, Literal, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from distill.batch import Example, ScoredExample, pad_right
-from distill.causal_lm import head_weight, hidden_states
-from posttrain.checkpoints import load_model
+from distill.causal_lm import hidden_states
+from distill.hidden_store import HiddenRow, HiddenStore, row_key, write_row
+from distill.reverse_kl import Head
+from distill.teacher_files import find_teacher
+from distill.teacher_memory import Residents
+from distill.teacher_models import Loader
+from distill.teacher_rows import Reading, Row, cut, deal, from_wire, to_wire
+from distill.teacher_shards import meet
 from posttrain.job import Future, RoleHandle
 
 T = TypeVar("T")
 
+NO_ROW = Row([0], [0], "")
+"""What a worker reads while others have a batch more."""
 
-@dataclass(frozen=True, slots=True)
-class ScoreRequest:
-    """One row to read: `ScoreRequest(7, "specialist/code", input_ids=[5, 9, 4], positions=[1])`."""
+TOKENS_PER_BATCH = 1 << 16
+"""Tokens that a worker reads at once, padding included, whatever the number of rows."""
 
-    row: int
-    """What the answer is filed under."""
 
-    teacher: str
-    input_ids: list[int]
-    positions: list[int]
-    """The positions whose hidden states are wanted."""
+class TeacherPool:
+    """One worker of a pool: loads teachers on demand and reads rows with them."""
+
+    def __init__(
+        self,
+        *,
+        capacity: int = 8,
+        max_gb: float = float("inf"),
+        dtype: Literal["float32", "bfloat16"] = "float32",
+        device: str | None = None,
+        rank: int = 0,
+        num_workers: int = 1,
+        meeting: Path | None = None,
+        timeout_s: float = 600.0,
+    ) -> None:
+        """At most `capacity` teachers, of `max_gb` in this worker, stay in memory. The device is a
+        GPU where there is one. Workers of a pool of several meet at the file `meeting`."""
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self._loader = Loader(dtype=getattr(torch, dtype), device=device)
+        self._model = Residents(self._loader, capacity=capacity, max_bytes=max_gb * 1e9)
+        self._meet = None
+        if num_workers > 1:
+            assert meeting is not None
+            self._meet = lambda: meet(
+                meeting, rank=rank, num_ranks=num_workers, device=device, timeout_s=timeout_s
+            )
+
+    def score(
+        self, readings: Sequence[Reading], then: str | None = None
+    ) -> list[list[np.ndarray | None]]:
+        """For each reading last hidden states (len(positions), H) row after row: None where they
+        were written to the row's path, else in the teacher's dtype, bf16 as uint16.
+
+        `then` is the folder of the teacher that will be asked next, if that is known.
+        """
+        if self._meet:  # here and not when it was made: the workers are made one after another
+            self._loader.mesh, self._meet = self._meet(), None
+        order = [reading.folder for reading in readings] + ([then] if then else [])
+        return [
+            self._read(reading, order[i + 1] if i + 1 < len(order) else None)
+            for i, reading in enumerate(readings)
+        ]
+
+    @torch.no_grad()
+    def _read(self, reading: Reading, then: str | None) -> list[np.ndarray | None]:
+        model = self._model(find_teacher(Path(reading.folder)))
+        if then:
+            self._model.expect(find_teacher(Path(then)))
+        found: list[np.ndarray | None] = []
+        for number in range(reading.num_rounds):
+            is_extra = number >= len(reading.batches)
+            batch = [NO_ROW] if is_extra else reading.batches[number]
+            input_ids_BS, attention_mask_BS = pad_right([row.input_ids for row in batch])
+            device = self._loader.device
+            hidden_BSH = hidden_states(model, input_ids_BS.to(device), attention_mask_BS.to(device))
+            if not is_extra:
+                wanted = zip(batch, hidden_BSH, strict=True)
+                found += [deliver(row, hidden_SH[row.positions]) for row, hidden_SH in wanted]
+        return found
+
+
+def deliver(row: Row, hidden_NH: torch.Tensor) -> np.ndarray | None:
+    """Write hidden states where the row says; give them back where that cannot be."""
+    path = Path(row.path)
+    if row.path and path.parent.is_dir():
+        try:
+            write_row(path, hidden_NH)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+        else:
+            return None
+    return to_wire(hidden_NH)
 
 
 class Recent(Generic[T]):
@@ -53,110 +127,122 @@ class Recent(Generic[T]):
         return self._kept[name]
 
 
-class TeacherPool:
-    """Loads teachers on demand and reads rows with them."""
+@dataclass(frozen=True, slots=True)
+class Teacher:
+    """`Teacher("specialist/code", Path("runs/a/stages/grpo.code-1a/checkpoint"), "9f2c", 4096)`."""
 
-    def __init__(
-        self,
-        teachers: Mapping[str, str | Path],
-        *,
-        capacity: int = 8,
-        rows_per_batch: int = 64,
-        dtype: Literal["float32", "bfloat16"] = "float32",
-        device: str | None = None,
-    ) -> None:
-        """`teachers` maps names to checkpoint folders. The device is a GPU where there is one."""
-        self._folders = dict(teachers)
-        self._rows_per_batch = rows_per_batch
-        self._dtype: torch.dtype = getattr(torch, dtype)
-        self._device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self._model: Recent[Any] = Recent(self._load, capacity=capacity)
+    name: str
+    folder: Path
+    identity: str
+    """Hash of weights, tokenizer and head, and the dtype it computes in."""
 
-    def score(self, requests: Sequence[ScoreRequest]) -> dict[int, np.ndarray]:
-        """Last hidden states (len(positions), H) by row, in the teacher's dtype; bf16 as uint16.
-
-        The rows of one teacher are read together, the shortest first.
-        """
-        order = sorted(requests, key=lambda r: (r.teacher, len(r.input_ids), r.row))
-        found: dict[int, np.ndarray] = {}
-        for batch in _batches(order, self._rows_per_batch):
-            found.update(self._score(batch))
-        return found
-
-    def head(self, name: str) -> np.ndarray:
-        """The teacher's head (V, H); bf16 as uint16."""
-        return to_wire(head_weight(self._model(name), name=f"teacher {name!r}"))
-
-    @torch.no_grad()
-    def _score(self, batch: list[ScoreRequest]) -> dict[int, np.ndarray]:
-        input_ids_BS, attention_mask_BS = pad_right([request.input_ids for request in batch])
-        hidden_BSH = hidden_states(
-            self._model(batch[0].teacher),
-            input_ids_BS.to(self._device),
-            attention_mask_BS.to(self._device),
-        )
-        return {
-            request.row: to_wire(hidden_SH[request.positions])
-            for request, hidden_SH in zip(batch, hidden_BSH, strict=True)
-        }
-
-    def _load(self, name: str) -> Any:
-        model: Any = load_model(self._folders[name], dtype=self._dtype)
-        return model.to(self._device)
-
-
-def _batches(order: list[ScoreRequest], num_rows: int) -> Iterator[list[ScoreRequest]]:
-    """Runs of at most `num_rows` requests to one teacher."""
-    batch: list[ScoreRequest] = []
-    for request in order:
-        if batch and (request.teacher != batch[0].teacher or len(batch) == num_rows):
-            yield batch
-            batch = []
-        batch.append(request)
-    if batch:
-        yield batch
-
-
-def to_wire(tensor: Tensor) -> np.ndarray:
-    """A tensor as numpy: what travels between processes without being pickled."""
-    tensor = tensor.detach().cpu()
-    return tensor.view(torch.uint16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
-
-
-def from_wire(array: np.ndarray) -> Tensor:
-    """The tensor that `to_wire` was given."""
-    tensor = torch.from_numpy(array if array.flags.writeable else array.copy())
-    return tensor.view(torch.bfloat16) if tensor.dtype == torch.uint16 else tensor
+    hidden_size: int
+    itemsize: int = 4
+    """Bytes of a number of its hidden states."""
 
 
 class Teachers:
-    """The learner's side of the pool: asks it, waits for it, keeps the heads used last."""
+    """The learner's side of the pool: asks it, waits for it, keeps the heads used last.
 
-    def __init__(self, pool: RoleHandle, *, num_heads: int, timeout_s: float) -> None:
-        self._pool = pool
+    All questions come from one process: workers of a pool gather layers together, so that all of
+    them must be asked the same in the same order.
+    """
+
+    def __init__(
+        self,
+        pool: Sequence[RoleHandle],
+        teachers: Iterable[Teacher],
+        *,
+        store: HiddenStore,
+        num_heads: int,
+        rows_per_batch: int,
+        timeout_s: float,
+    ) -> None:
+        self._pool = list(pool)
+        self._teachers = {teacher.name: teacher for teacher in teachers}
+        self._store = store
+        self._rows_per_batch = rows_per_batch
         self._timeout_s = timeout_s
-        self.head: Recent[Tensor] = Recent(self._fetch_head, capacity=num_heads)
+        self._loader = Loader(dtype=torch.float32, device="cpu")
+        self.head: Recent[Head] = Recent(self._read_head, capacity=num_heads)
 
-    def ask(self, examples: Sequence[Example]) -> Callable[[], list[ScoredExample]]:
-        """Send rows to all their teachers now; call the answer to wait for the hidden states."""
-        pairs = [(e, name) for e in examples for name in e.teacher_names]
-        future: Future = self._pool.call(
-            "score",
-            [
-                ScoreRequest(row, teacher, example.input_ids, example.positions)
-                for row, (example, teacher) in enumerate(pairs)
-            ],
-        )
+    def add(self, teacher: Teacher) -> None:
+        """One more, from now on."""
+        self._teachers[teacher.name] = teacher
+
+    def ask(
+        self, examples: Sequence[Example], *, then: str | None = None
+    ) -> Callable[[], list[ScoredExample]]:
+        """Send rows to their teachers now, but for those that were scored before; call the answer
+        to wait. `then` names the teacher that will be asked next, so that it is read meanwhile."""
+        rows: dict[str, dict[str, Row]] = defaultdict(dict)
+        for example in examples:
+            for name in example.teacher_names:
+                row = self._row(name, example)
+                rows[name][row.path] = row
+        batches = {name: self._missing(rows[name].values()) for name in sorted(rows)}
+        dealt = [
+            deal(str(self._teachers[name].folder), found, len(self._pool))
+            for name, found in batches.items()
+            if found
+        ]
+        readings = [list(of_worker) for of_worker in zip(*dealt, strict=True)]
+        next_folder = str(self._teachers[then].folder) if then else None
+        futures: list[Future] = [
+            worker.call("score", reading, next_folder)
+            for worker, reading in zip(self._pool, readings, strict=bool(readings))
+        ]
 
         def answer() -> list[ScoredExample]:
-            found: dict[int, np.ndarray] = future.result(self._timeout_s)
-            rows = iter(range(len(pairs)))
+            for reading, future in zip(readings, futures, strict=True):
+                self._file(reading, future.result(self._timeout_s))
             return [
-                ScoredExample(e, {name: from_wire(found[next(rows)]) for name in e.teacher_names})
+                ScoredExample(e, {name: self._found(name, e) for name in e.teacher_names})
                 for e in examples
             ]
 
         return answer
 
-    def _fetch_head(self, name: str) -> Tensor:
-        return from_wire(self._pool.call("head", name).result(self._timeout_s))
+    def free(self, rows: Iterable[ScoredExample]) -> None:
+        """The learner is done with these: their hidden states are deleted."""
+        self._store.free(
+            {self._key(name, row.example) for row in rows for name in row.example.teacher_names}
+        )
+
+    def close(self) -> None:
+        """The run is over: nothing of it is left in memory or on disk."""
+        self._store.close()
+
+    def _key(self, name: str, example: Example) -> str:
+        identity = self._teachers[name].identity
+        return row_key(identity, example.input_ids, example.positions)
+
+    def _row(self, name: str, example: Example) -> Row:
+        teacher = self._teachers[name]
+        num_bytes = len(example.positions) * teacher.hidden_size * teacher.itemsize
+        path = self._store.place(self._key(name, example), num_bytes)
+        return Row(example.input_ids, example.positions, str(path))
+
+    def _missing(self, rows: Iterable[Row]) -> list[list[Row]]:
+        """The batches with a row that is not there yet, whole: so its bits are those of a run that
+        was never killed."""
+        batches = cut(rows, num_rows=self._rows_per_batch, num_tokens=TOKENS_PER_BATCH)
+        return [b for b in batches if not all(Path(row.path).exists() for row in b)]
+
+    def _file(
+        self, readings: Sequence[Reading], found: Sequence[Sequence[np.ndarray | None]]
+    ) -> None:
+        """Put into the store what its teacher could not put there itself."""
+        for reading, arrays in zip(readings, found, strict=True):
+            rows = [row for batch in reading.batches for row in batch]
+            for row, array in zip(rows, arrays, strict=True):
+                if array is not None:
+                    self._store.put(Path(row.path).name, from_wire(array))
+
+    def _found(self, name: str, example: Example) -> HiddenRow:
+        found = self._store.find(self._key(name, example))
+        assert found is not None, f"{name} answered without a row"
+        return found
+
+    def _read_head(self, name: str) -> Head:
+        return self._loader.head(find_teacher(self._teachers[name].folder).base)

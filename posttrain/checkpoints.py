@@ -73,10 +73,9 @@ def load_tokenizer(folder: str | Path) -> Any:
 
 
 def weights_hash(folder: Path) -> str:
-    """sha256 over the checkpoint's weight and tokenizer files, by name: its identity as a
-    teacher."""
+    """sha256 over the weight files of a checkpoint or an adapter, by name."""
     digest = hashlib.sha256()
-    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("tokenizer.json")]):
+    for path in sorted(folder.glob("*.safetensors")):
         digest.update(path.name.encode())
         with path.open("rb") as file:
             while block := file.read(1 << 20):

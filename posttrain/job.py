@@ -87,6 +87,9 @@ class Job:
     place: Callable[[str, dict[str, Any]], RoleHandle] | None = None
     """Puts a role into another process; None: roles live in this one."""
 
+    num_places: int = 1
+    """Processes that roles can be in: as many roles, made one after another, share none."""
+
     def role(self, path: str, kwargs: dict[str, Any]) -> RoleHandle:
         """A role made by `"module:Class"(**kwargs)`, in another process where there is one."""
         return self.place(path, kwargs) if self.place else LocalRole(path, kwargs)

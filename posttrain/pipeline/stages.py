@@ -233,7 +233,12 @@ class _Builder:
             specs = [_without(spec, UNREWARDED) for spec in specs]
         config = OpdStage(domains=specs, distill=distill, teachers=teachers)
         self.checkpoints[name] = self._add(
-            name, "distill.opd:work", config, inputs, domains=specs, num_helpers=1
+            name,
+            "distill.opd:work",
+            config,
+            inputs,
+            domains=specs,
+            num_helpers=distill.num_teacher_workers,
         )
 
     def _add_mixed(self) -> None:

@@ -153,6 +153,7 @@ def _run(order: Order, helpers: Sequence[Any], log: Path) -> Done:
                 num_threads=order.num_threads,
                 metrics=metrics,
                 place=place,
+                num_places=max(1, len(helpers)),
             ),
         )
     finally:

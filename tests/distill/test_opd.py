@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from distill.batch import Example, ScoredExample
 from distill.config import OpdStage
+from distill.mesh import Mesh
 from distill.opd import sample_and_score, work
 from posttrain.checkpoints import load_model, load_tokenizer, save_checkpoint
-from posttrain.errors import CheckpointError, TokenizerMismatch
+from posttrain.errors import CheckpointError, StageError, TokenizerMismatch
 from posttrain.job import Job
 from posttrain.metrics import Metrics
 from posttrain.rollout.types import Request, Rollout
@@ -154,6 +156,70 @@ def test_an_ablation_logs_what_it_minimises_beside_the_reverse_kl(
     assert found["loss"] < 0.5 * wanted["loss"]  # 0.9 KL(q || m) + 0.1 KL(p || m), m nearly q
 
 
+@pytest.fixture
+def spikes(monkeypatch: pytest.MonkeyPatch) -> Callable[[set[int]], None]:
+    """`spikes({3, 4})`: the gradients of steps 3 and 4, counted from 1, are not finite."""
+
+    def make(at: set[int]) -> None:
+        clip = Mesh.clip_grad_norm
+        steps = iter(range(1, 1000))
+
+        def norm(mesh: Mesh, student: nn.Module, max_norm: float) -> torch.Tensor:
+            return clip(mesh, student, max_norm) * (float("nan") if next(steps) in at else 1.0)
+
+        monkeypatch.setattr(Mesh, "clip_grad_norm", norm)
+
+    return make
+
+
+def test_a_bad_gradient_leaves_the_weights_as_they_were_and_the_run_goes_on(
+    make_job: Callable[[str], Job], spikes: Callable[[set[int]], None]
+) -> None:
+    short, skipping = make_job("short"), make_job("skipping")
+    constant = {"learning_rate": 1e-3}
+    work(stage(num_steps=2, optimizer=constant), short)
+    spikes({3})
+    work(stage(num_steps=3, optimizer=constant), skipping)
+    wanted = weights(short)
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in weights(skipping).items())
+    assert [r["updates_skipped"] for r in skipping.metrics.records()] == [0, 0, 1]
+    assert skipping.metrics.records()[-1]["grad_norm"] is None
+
+
+def test_bad_gradients_in_a_row_go_back_to_the_last_checkpoint_and_then_stop(
+    make_job: Callable[[str], Job], spikes: Callable[[set[int]], None]
+) -> None:
+    short, job = make_job("short"), make_job("job")
+    config: dict[str, Any] = {"optimizer": {"learning_rate": 1e-3}, "guard": {"max_skipped": 2}}
+    work(stage(num_steps=2, **config), short)
+    spikes({4, 5})  # step 3 is an update that is lost: the last checkpoint was after step 2
+    work(stage(num_steps=5, **config), job)
+    wanted = weights(short)
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in weights(job).items())
+    assert [r["rolled_back"] for r in job.metrics.records()] == [0, 0, 0, 0, 1]
+    again = make_job("again")
+    spikes({2, 3, 4, 5})
+    with pytest.raises(StageError, match=r"lower distill.optimizer.learning_rate"):
+        work(stage(num_steps=9, **config), again)
+    assert [r["step"] for r in again.metrics.records()] == [1, 2, 3, 4]
+
+
+def test_a_run_killed_after_it_went_back_goes_on_to_the_same_bits(
+    make_job: Callable[[str], Job], spikes: Callable[[set[int]], None]
+) -> None:
+    straight, killed = make_job("straight"), make_job("killed")
+    config: dict[str, Any] = {"num_steps": 8, "guard": {"max_skipped": 2}}
+    spikes({4, 5})
+    work(stage(**config), straight)
+    spikes({4, 5})
+    with pytest.raises(KeyboardInterrupt):
+        work(stage(**config), replace(killed, metrics=KilledAt(killed.metrics.path, step=8)))
+    work(stage(**config), killed)  # from step 6: nothing is bad there
+    wanted = weights(straight)
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in weights(killed).items())
+    assert killed.metrics.records()[-1]["rolled_back"] == 1
+
+
 def test_a_student_that_starts_as_its_teacher_has_nothing_to_learn(
     make_job: Callable[[str], Job],
 ) -> None:
@@ -185,7 +251,7 @@ def test_a_resume_with_another_teacher_is_refused_by_name(
         work(stage(teachers=teachers), killed)
     shutil.rmtree(tmp_path / "teacher")
     shutil.copytree(stages["base"] / "checkpoint", tmp_path / "teacher")
-    with pytest.raises(CheckpointError, match="teacher 'teacher' was"):
+    with pytest.raises(CheckpointError, match="teacher 'teacher' is another than when this"):
         work(stage(teachers=teachers), job)
 
 
@@ -235,7 +301,9 @@ class Echo:
         for r in reversed(requests):
             yield Rollout(r.prompt_id, r.domain, 0, r.prompt, [7], [True], [0.0])
 
-    def ask(self, examples: list[Example]) -> Callable[[], list[ScoredExample]]:
+    def ask(
+        self, examples: list[Example], *, then: str | None
+    ) -> Callable[[], list[ScoredExample]]:
         return lambda: [
             ScoredExample(e, {name: torch.zeros(1, 2) for name in e.teachers}) for e in examples
         ]
