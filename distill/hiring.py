@@ -27,14 +27,9 @@ from posttrain.tokenizer import check_same_tokens
 PINNED = "teachers.json"
 
 
-def hire_teachers(stage: OpdStage, student: Any, tokenizer: Any, job: Job) -> Teachers:
-    """The stage's teachers, checked, in one pool.
-
-    Raises TokenizerMismatch for a teacher of other tokens, CheckpointError for one that changed.
-    """
+def open_pool(stage: OpdStage, student: Any, tokenizer: Any, job: Job) -> Teachers:
+    """One pool for all teachers, those of later rosters too; `hire` has each examined by name."""
     config = stage.distill
-    examine = Examiner(student, tokenizer, job, dtype=config.teacher_dtype)
-    teachers = [examine(name) for name in stage.teacher_names]
     num_workers = max(1, min(config.num_teacher_workers, job.num_places))
     meeting = job.out.resolve() / f"teachers-{secrets.token_hex(4)}.tmp"
     pool = [
@@ -53,7 +48,7 @@ def hire_teachers(stage: OpdStage, student: Any, tokenizer: Any, job: Job) -> Te
     ]
     return Teachers(
         pool,
-        teachers,
+        Examiner(student, tokenizer, job, dtype=config.teacher_dtype),
         store=HiddenStore(job.out / "hidden", memory_bytes=int(config.hidden_memory_gb * 1e9)),
         num_heads=config.num_resident_teachers,
         rows_per_batch=config.rows_per_microbatch,

@@ -84,6 +84,11 @@ class Learner:
         self.max_grad_norm = max_grad_norm
         self.guard = guard or Guard()
 
+    def weigh(self, shares: Mapping[str, float]) -> None:
+        """From now on, each domain's share of the loss; of the domains that are not named none is
+        expected."""
+        self.share_D = self._tensor([shares.get(domain, 1.0) for domain in self.domains])
+
     def step(
         self, rows: Sequence[ScoredExample], *, learning_rate_factor: float = 1.0
     ) -> dict[str, Tensor]:

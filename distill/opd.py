@@ -21,9 +21,10 @@ import torch
 from distill.batch import Example, ScoredExample, example_from_rollout
 from distill.config import DistillConfig, OpdStage
 from distill.guard import Guard
-from distill.hiring import hire_teachers
+from distill.hiring import open_pool
 from distill.learner import Learner
 from distill.resume import StepCheckpoint
+from distill.roster import Rosters
 from distill.schedule import Schedule, Visit
 from distill.scores import heldout_requests, sampled_scores
 from distill.teachers import Teachers
@@ -49,12 +50,14 @@ def work(stage: OpdStage, job: Job) -> None:
     config = stage.distill
     start = job.inputs[config.start] / "checkpoint"
     model, tokenizer = load_model(start), load_tokenizer(start)
-    teachers = hire_teachers(stage, model, tokenizer, job)
+    teachers = open_pool(stage, model, tokenizer, job)
+    rosters = Rosters(stage, job.out, hire=teachers.hire)
     learner = make_learner(stage, model, teachers)
     engine = Engine(model, num_slots=config.num_slots, seed=job.seed)
     checkpoint = StepCheckpoint(job.out / "step.pt", model, learner)
     first = checkpoint.begin()
     job.metrics.rewind(first or -1)
+    rosters.at(first)  # teachers that cannot teach are told before any work
     with open_tasks(stage, tokenizer, job) as tasks:
         schedule = make_schedule(tasks, config.prompts_per_step, job.seed)
         score = scorer(engine, tasks, config)
@@ -62,9 +65,12 @@ def work(stage: OpdStage, job: Job) -> None:
         if not first and (scores := score(0)):
             job.metrics.log(0, config.num_steps, tokens_seen=0, **scores)
         for step in range(first, config.num_steps):
+            now, version = rosters.at(step)
             engine.version = step
-            requests = requests_of(schedule.visits(step), tasks, config.temperature)
-            rollouts, rows = sample_and_score(engine, requests, stage.mixtures, teachers)
+            visits = [visit for visit in schedule.visits(step) if visit.domain in now.teachers]
+            requests = requests_of(visits, tasks, config.temperature)
+            rollouts, rows = sample_and_score(engine, requests, now.mixtures, teachers)
+            learner.weigh(now.shares)
             rate = learning_rate_factor(step, num_steps=config.num_steps, config=config.optimizer)
             learned = learner.step(rows, learning_rate_factor=rate) if rows else {}
             teachers.free(rows)
@@ -72,7 +78,7 @@ def work(stage: OpdStage, job: Job) -> None:
             tokens_seen += sum(len(row.example.positions) for row in rows)
             numbers = {name: float(value) for name, value in learned.items()}
             numbers |= describe(rollouts, num_skipped=len(rollouts) - len(rows))
-            numbers |= {"tokens_seen": tokens_seen, **score(step + 1)}
+            numbers |= {"tokens_seen": tokens_seen, "roster": version, **score(step + 1)}
             job.metrics.log(step + 1, config.num_steps, **numbers)
             if (step + 1) % config.checkpoint_every == 0:
                 checkpoint.save(step + 1)

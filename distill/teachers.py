@@ -151,24 +151,28 @@ class Teachers:
     def __init__(
         self,
         pool: Sequence[RoleHandle],
-        teachers: Iterable[Teacher],
+        examine: Callable[[str], Teacher],
         *,
         store: HiddenStore,
         num_heads: int,
         rows_per_batch: int,
         timeout_s: float,
     ) -> None:
+        """`examine` gives the teacher of a name, checked."""
         self._pool = list(pool)
-        self._teachers = {teacher.name: teacher for teacher in teachers}
+        self._examine = examine
+        self._teachers: dict[str, Teacher] = {}
         self._store = store
         self._rows_per_batch = rows_per_batch
         self._timeout_s = timeout_s
         self._loader = Loader(dtype=torch.float32, device="cpu")
         self.head: Recent[Head] = Recent(self._read_head, capacity=num_heads)
 
-    def add(self, teacher: Teacher) -> None:
-        """One more, from now on."""
-        self._teachers[teacher.name] = teacher
+    def hire(self, names: Iterable[str]) -> None:
+        """Examine those that are new. Raises what the examination does."""
+        for name in names:
+            if name not in self._teachers:
+                self._teachers[name] = self._examine(name)
 
     def ask(
         self, examples: Sequence[Example], *, then: str | None = None

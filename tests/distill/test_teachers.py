@@ -102,10 +102,15 @@ def make_teachers(
     folders: dict[str, Path], store: HiddenStore, *, rows_per_batch: int = 4, **pool: Any
 ) -> Teachers:
     role = LocalRole("distill.teachers:TeacherPool", {"device": "cpu", **pool})
-    known = [Teacher(name, folder, name, hidden_size=32) for name, folder in folders.items()]
-    return Teachers(
-        [role], known, store=store, num_heads=1, rows_per_batch=rows_per_batch, timeout_s=1.0
+
+    def examine(name: str) -> Teacher:
+        return Teacher(name, folders[name], name, hidden_size=32)
+
+    made = Teachers(
+        [role], examine, store=store, num_heads=1, rows_per_batch=rows_per_batch, timeout_s=1.0
     )
+    made.hire(folders)
+    return made
 
 
 @pytest.mark.parametrize("rows_per_batch", [1, 3, 64])
