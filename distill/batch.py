@@ -105,6 +105,11 @@ class MicroBatch:
 
     groups: list[Group]
 
+    @property
+    def num_inputs(self) -> Tensor:
+        """Tokens that the student reads, a scalar; the one of a batch without rows is none."""
+        return self.attention_mask_BS.sum() * bool(self.groups)
+
     def to(self, device: torch.device) -> "MicroBatch":
         """The same tensors on the device."""
         moved = [
@@ -124,6 +129,13 @@ class MicroBatch:
             self.row_tokens_N.to(device),
             moved,
         )
+
+
+def empty_microbatch() -> MicroBatch:
+    """One token that nobody learns from: a rank without rows left takes part in the others'
+    forwards and backwards."""
+    one, none = torch.ones(1, 1, dtype=torch.long), torch.zeros(0, dtype=torch.long)
+    return MicroBatch(one, one, none, none, none, none, [])
 
 
 def make_microbatch(rows: Sequence[ScoredExample], *, domains: Sequence[str]) -> MicroBatch:

@@ -48,6 +48,18 @@ class GuardConfig(Config):
     on with other prompts, once in a run; after as many again the run stops."""
 
 
+class LearnersConfig(Config):
+    """The processes that learn together; they take the steps that one would take."""
+
+    num_ranks: int = Field(default=1, ge=1)
+    """Processes; each takes its part of a step's rows. The run needs as many workers."""
+    strategy: Literal["ddp", "fsdp2"] = "ddp"
+    """`ddp`: each holds the whole student; `fsdp2`: each holds a part of it and of the optimizer's
+    state and gathers one layer at a time, and the first also a whole copy, which samples."""
+    timeout_s: float = Field(default=600.0, gt=0)
+    """Seconds that one may wait for the others."""
+
+
 class DistillConfig(Config):
     """How the student is distilled; the same for every domain."""
 
@@ -80,6 +92,8 @@ class DistillConfig(Config):
     number of rows."""
     divergence: DivergenceConfig = DivergenceConfig()
     """What is minimised at each token."""
+    learners: LearnersConfig = LearnersConfig()
+    """The processes that learn together."""
     guard: GuardConfig = GuardConfig()
     """Which gradients are not used."""
     checkpoint_every: int = Field(default=20, ge=1)

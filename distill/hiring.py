@@ -30,7 +30,9 @@ PINNED = "teachers.json"
 def open_pool(stage: OpdStage, student: Any, tokenizer: Any, job: Job) -> Teachers:
     """One pool for all teachers, those of later rosters too; `hire` has each examined by name."""
     config = stage.distill
-    num_workers = max(1, min(config.num_teacher_workers, job.num_places))
+    # the other learner ranks need processes to themselves: a process is in one torch group
+    num_free = job.num_places - (config.learners.num_ranks - 1)
+    num_workers = max(1, min(config.num_teacher_workers, num_free))
     meeting = job.out.resolve() / f"teachers-{secrets.token_hex(4)}.tmp"
     pool = [
         job.role(

@@ -10,13 +10,14 @@ Shapes: B rows, S padded length, N loss tokens, D domains, V vocabulary, H hidde
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from distill.balance import Denominator, Totals, token_weights
-from distill.batch import Group, MicroBatch, ScoredExample, microbatches
+from distill.batch import Group, MicroBatch, ScoredExample, empty_microbatch, microbatches
 from distill.causal_lm import head_weight, hidden_states
 from distill.divergences import Kind, divergence
 from distill.guard import Guard
@@ -24,6 +25,7 @@ from distill.mesh import Mesh
 from distill.reverse_kl import Head, ReverseKL, as_head, reverse_kl
 from distill.tally import Tally
 from posttrain.backbone.auxiliary import scale_own_losses
+from posttrain.sharded import load_whole, load_whole_optimizer, whole
 
 log = logging.getLogger(__name__)
 
@@ -52,8 +54,9 @@ class Learner:
     def __init__(
         self,
         model: Any,
-        optimizer: torch.optim.Optimizer,
+        make_optimizer: Callable[[Any], torch.optim.Optimizer],
         *,
+        mesh: Mesh | None = None,
         shares: Mapping[str, float],
         head: Callable[[str], Tensor | Head],
         denominator: Denominator = "domain",
@@ -66,11 +69,15 @@ class Learner:
         max_grad_norm: float = 1.0,
         guard: Guard | None = None,
     ) -> None:
-        """`shares` gives each domain its share of the loss, in any unit; `head(teacher)` a
-        teacher's head, (V, Hi) or with a bias and a scale; `beta` and `top_k` belong to the
-        divergences of those names; `guard` decides which gradients are used."""
-        self.mesh = Mesh()
-        self.student, self.optimizer = self.mesh.prepare(Student(model), optimizer)
+        """`make_optimizer(model)` is called once the model is where it is trained, its parameters
+        in parts or not; `mesh` is this rank's, one rank by default. `shares` gives each domain its
+        share of the loss, in any unit; `head(teacher)` a teacher's head, (V, Hi) or with a bias and
+        a scale; `beta` and `top_k` belong to the divergences of those names; `guard` decides which
+        gradients are used."""
+        self.mesh = mesh or Mesh()
+        self.model = model
+        self.student = self.mesh.prepare(Student(model), model._no_split_modules or ())
+        self.optimizer = make_optimizer(model)
         self.peak_rates = [group["lr"] for group in self.optimizer.param_groups]
         self.domains = list(shares)
         self.share_D = self._tensor(list(shares.values()))
@@ -92,8 +99,8 @@ class Learner:
     def step(
         self, rows: Sequence[ScoredExample], *, learning_rate_factor: float = 1.0
     ) -> dict[str, Tensor]:
-        """One update on this rank's rows, at least one, or none where the guard says so; the step's
-        metrics over all ranks."""
+        """One update on this rank's rows, or none where the guard says so; the step's metrics over
+        all ranks. Some rank has a row."""
         totals = self._count(rows)
         batches = list(
             microbatches(
@@ -103,6 +110,8 @@ class Learner:
                 domains=self.domains,
             )
         )
+        num_rounds = self.mesh.max(len(batches))
+        batches += [empty_microbatch()] * (num_rounds - len(batches))
         tally = Tally(self.domains, self.mesh)
         self.student.train()
         for i, batch in enumerate(batch.to(self.mesh.device) for batch in batches):
@@ -126,6 +135,24 @@ class Learner:
             log.warning("nothing was updated: %s", self.guard.reason(grad_norm))
         self.optimizer.zero_grad(set_to_none=True)
 
+    def weights(self) -> dict[str, Tensor]:
+        """The student's whole state; all ranks call this."""
+        return whole(self.model.state_dict())
+
+    def state(self) -> dict[str, Any]:
+        """All that a resumed learner needs, whole; all ranks call this."""
+        optimizer = whole(self.optimizer.state_dict())
+        return {"model": self.weights(), "optimizer": optimizer, "guard": self.guard.state()}
+
+    def load(self, path: Path, *, with_guard: bool) -> dict[str, Any]:
+        """Go on from a file of `state()`, each rank from the whole of it; all that it holds."""
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        load_whole(self.model, state["model"])
+        load_whole_optimizer(self.optimizer, state["optimizer"])
+        if with_guard:
+            self.guard.load(state["guard"])
+        return state
+
     def _count(self, rows: Sequence[ScoredExample]) -> Totals:
         """Loss tokens by domain, rows, and all tokens, over all ranks."""
         counts = [0] * len(self.domains)
@@ -144,8 +171,11 @@ class Learner:
             share_D=self.share_D,
             totals=totals,
         )
-        share = batch.attention_mask_BS.sum() / totals.num_inputs * self.mesh.size
+        share = batch.num_inputs / totals.num_inputs * self.mesh.size
         hidden_NH, head_VH = self.student(batch, share.float())
+        if not batch.groups:
+            self.mesh.backward((hidden_NH.sum() + head_VH.sum()) * 0.0)
+            return
         hidden_NH.retain_grad()
         try:
             compared = [

@@ -1,61 +1,104 @@
-"""The learner's ranks, behind accelerate: every distributed word of the training step."""
+"""The learner's ranks: every distributed word of the training step.
 
+    ddp     every rank holds the whole student; gradients are averaged
+    fsdp2   every rank holds a part of it and of its optimizer, and gathers a layer at a time
+
+Either averages gradients over the ranks, and this loss is a sum: it is multiplied by their number.
+"""
+
+import datetime
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import gather_object
 from torch import Tensor, nn
+from torch import distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from posttrain.sharded import whole
+
+Strategy = Literal["ddp", "fsdp2"]
+
+
+def meet(place: Path, *, rank: int, num_ranks: int, timeout_s: float) -> None:
+    """Wait at the file `place`, which no earlier group may have used, for all ranks. A group that
+    an earlier stage left in this process ends."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    dist.init_process_group(
+        "nccl" if torch.cuda.is_available() else "gloo",
+        init_method=f"file://{place}",
+        rank=rank,
+        world_size=num_ranks,
+        timeout=datetime.timedelta(seconds=timeout_s),
+    )
 
 
 class Mesh:
     """All ranks that learn together; on one rank a sum returns its argument."""
 
-    def __init__(self) -> None:
-        # parameters without a gradient (V4's indexer) would make a second step wait for ever
-        ddp = DistributedDataParallelKwargs(find_unused_parameters=True)
-        # named here, since accelerate would read it from the environment
-        self._accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[ddp])
+    def __init__(self, strategy: Strategy = "ddp", *, num_ranks: int = 1) -> None:
+        """With several ranks they have met already."""
+        assert num_ranks == 1 or dist.get_world_size() == num_ranks
+        self.size = num_ranks
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.is_sharded = num_ranks > 1 and strategy == "fsdp2"
 
-    @property
-    def device(self) -> torch.device:
-        return self._accelerator.device
-
-    @property
-    def size(self) -> int:
-        """Number of ranks."""
-        return self._accelerator.num_processes
-
-    def prepare(
-        self, student: nn.Module, optimizer: torch.optim.Optimizer
-    ) -> tuple[nn.Module, torch.optim.Optimizer]:
-        """Both on this rank's device, the student's gradients averaged over the ranks."""
-        return self._accelerator.prepare(student, optimizer)
+    def prepare(self, student: nn.Module, units: Iterable[str]) -> nn.Module:
+        """The student on this rank's device, its gradients averaged over the ranks; `units` names
+        the classes of the layers that are gathered one at a time. Its parameters may be replaced:
+        make the optimizer after this."""
+        student = student.to(self.device)
+        if self.size == 1:
+            return student
+        if not self.is_sharded:
+            # parameters without a gradient (V4's indexer) would make a second step wait for ever
+            return DistributedDataParallel(student, find_unused_parameters=True)
+        mesh, names = init_device_mesh(self.device.type, (self.size,)), set(units)
+        for module in list(student.modules()):
+            if type(module).__name__ in names:
+                fully_shard(module, mesh=mesh)
+        fully_shard(student, mesh=mesh)
+        return student
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Over all ranks, element by element."""
-        if self.size == 1:
-            return tensor
-        total: Any = self._accelerator.reduce(tensor, reduction="sum")
-        return total
+        return self._reduce(tensor, dist.ReduceOp.SUM)
+
+    def max(self, number: int) -> int:
+        """The largest of all ranks'."""
+        return int(self._reduce(torch.tensor(number, device=self.device), dist.ReduceOp.MAX))
+
+    def _reduce(self, tensor: Tensor, operation: Any) -> Tensor:
+        if self.size > 1:
+            tensor = tensor.clone()
+            dist.all_reduce(tensor, operation)
+        return tensor
 
     def union(self, names: Iterable[str]) -> list[str]:
         """Those of all ranks, sorted."""
-        own = sorted(set(names))
-        return sorted(set(gather_object(own))) if self.size > 1 else own
+        every: list[Any] = [list(names)]
+        if self.size > 1:
+            every = [None] * self.size
+            dist.all_gather_object(every, list(names))
+        return sorted({name for found in every for name in found})
 
     def accumulate(self, student: nn.Module, *, is_last: bool) -> AbstractContextManager[None]:
         """Around a micro-batch: gradients travel with the last one alone."""
-        return nullcontext() if is_last else self._accelerator.no_sync(student)
+        if isinstance(student, FSDPModule):
+            student.set_requires_gradient_sync(is_last)
+        if isinstance(student, DistributedDataParallel) and not is_last:
+            return student.no_sync()
+        return nullcontext()
 
     def backward(self, loss: Tensor) -> None:
-        """Of a loss that is a sum over ranks, where accelerate averages gradients over them."""
-        self._accelerator.backward(loss * self.size)
+        """Of a loss that is a sum over ranks."""
+        (loss * self.size).backward()
 
     def clip_grad_norm(self, student: nn.Module, max_norm: float) -> Tensor:
         """The global gradient norm before it was scaled down to `max_norm`."""
-        norm = self._accelerator.clip_grad_norm_(student.parameters(), max_norm)
-        assert isinstance(norm, Tensor)
-        return norm
+        return whole(nn.utils.clip_grad_norm_(student.parameters(), max_norm))

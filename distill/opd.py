@@ -20,9 +20,8 @@ import torch
 
 from distill.batch import Example, ScoredExample, example_from_rollout
 from distill.config import DistillConfig, OpdStage
-from distill.guard import Guard
 from distill.hiring import open_pool
-from distill.learner import Learner
+from distill.ranks import hire_learners
 from distill.resume import StepCheckpoint
 from distill.roster import Rosters
 from distill.schedule import Schedule, Visit
@@ -32,7 +31,6 @@ from posttrain.checkpoints import load_model, load_tokenizer, save_checkpoint
 from posttrain.config import learning_rate_factor
 from posttrain.errors import DataError
 from posttrain.job import Job
-from posttrain.optim import build_optimizer
 from posttrain.rollout.engine import Engine
 from posttrain.rollout.types import Request, Rollout
 from posttrain.tasks import Task
@@ -52,9 +50,9 @@ def work(stage: OpdStage, job: Job) -> None:
     model, tokenizer = load_model(start), load_tokenizer(start)
     teachers = open_pool(stage, model, tokenizer, job)
     rosters = Rosters(stage, job.out, hire=teachers.hire)
-    learner = make_learner(stage, model, teachers)
+    learner = hire_learners(stage, job, start, model, teachers)
     engine = Engine(model, num_slots=config.num_slots, seed=job.seed)
-    checkpoint = StepCheckpoint(job.out / "step.pt", model, learner)
+    checkpoint = StepCheckpoint(job.out / "step.pt", learner)
     first = checkpoint.begin()
     job.metrics.rewind(first or -1)
     rosters.at(first)  # teachers that cannot teach are told before any work
@@ -83,6 +81,7 @@ def work(stage: OpdStage, job: Job) -> None:
             if (step + 1) % config.checkpoint_every == 0:
                 checkpoint.save(step + 1)
     teachers.close()
+    learner.close()
     save_checkpoint(model, tokenizer, job.out / "checkpoint")
     checkpoint.delete()
 
@@ -114,31 +113,6 @@ def scorer(
         return sampled_scores(engine, requests, tasks) if is_due else {}
 
     return score
-
-
-def make_learner(stage: OpdStage, model: Any, teachers: Teachers) -> Learner:
-    """The learner a stage asks for; it trains `model` in place."""
-    config, optimizer = stage.distill, stage.distill.optimizer
-    return Learner(
-        model,
-        build_optimizer(
-            model,
-            name=optimizer.name,
-            learning_rate=optimizer.learning_rate,
-            weight_decay=optimizer.weight_decay,
-        ),
-        shares=stage.shares,
-        head=teachers.head,
-        denominator=config.denominator,
-        divergence=config.divergence.kind,
-        beta=config.divergence.beta,
-        top_k=config.divergence.top_k,
-        temperature=config.temperature,
-        rows_per_microbatch=config.rows_per_microbatch,
-        tokens_per_microbatch=config.tokens_per_microbatch,
-        max_grad_norm=optimizer.max_grad_norm,
-        guard=Guard(spike_factor=config.guard.spike_factor, max_skipped=config.guard.max_skipped),
-    )
 
 
 def make_schedule(tasks: Mapping[str, Task], prompts_per_step: int, seed: int) -> Schedule:

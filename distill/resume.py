@@ -6,11 +6,10 @@ here: the student, its optimizer, the guard's norms and torch's generator.
 
 import logging
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from distill.learner import Learner
+from distill.ranks import Learners
 from posttrain.errors import StageError
 
 log = logging.getLogger(__name__)
@@ -19,8 +18,8 @@ log = logging.getLogger(__name__)
 class StepCheckpoint:
     """The file `path`, replaced whole by each save."""
 
-    def __init__(self, path: Path, model: Any, learner: Learner) -> None:
-        self._path, self._model, self._learner = path, model, learner
+    def __init__(self, path: Path, learner: Learners) -> None:
+        self._path, self._learner = path, learner
 
     def begin(self) -> int:
         """Restores what is there; the number of steps that are done. A new run's first weights are
@@ -28,8 +27,7 @@ class StepCheckpoint:
         if not self._path.exists():
             self.save(0)
             return 0
-        state = self._restore()
-        self._learner.guard.load(state["guard"])
+        state = self._learner.load(self._path, with_guard=True)
         torch.set_rng_state(state["rng"])
         return state["step"]
 
@@ -39,13 +37,7 @@ class StepCheckpoint:
         if self._learner.guard.verdict == "skip":
             return
         partial = self._path.with_name(self._path.name + ".tmp")
-        state = {
-            "step": step,
-            "model": self._model.state_dict(),
-            "optimizer": self._learner.optimizer.state_dict(),
-            "guard": self._learner.guard.state(),
-            "rng": torch.get_rng_state(),
-        }
+        state = {"step": step, "rng": torch.get_rng_state(), **self._learner.state()}
         torch.save(state, partial)
         partial.replace(self._path)
 
@@ -54,7 +46,7 @@ class StepCheckpoint:
         resumed run comes to the same. Raises StageError where it has had enough."""
         verdict = self._learner.guard.verdict
         if verdict == "roll_back":
-            step = self._restore()["step"]
+            step = self._learner.load(self._path, with_guard=False)["step"]
             self._learner.guard.verdict = "update"  # heeded: of weights that were good
             log.warning(
                 "the student and its optimizer are again what they were after step %d", step
@@ -69,10 +61,3 @@ class StepCheckpoint:
     def delete(self) -> None:
         """The run is over."""
         self._path.unlink(missing_ok=True)
-
-    def _restore(self) -> dict[str, Any]:
-        """Weights and optimizer, in place; all that the file holds."""
-        state = torch.load(self._path, map_location="cpu", weights_only=True)
-        self._model.load_state_dict(state["model"])
-        self._learner.optimizer.load_state_dict(state["optimizer"])
-        return state

@@ -174,6 +174,11 @@ class Teachers:
             if name not in self._teachers:
                 self._teachers[name] = self._examine(name)
 
+    @property
+    def folders(self) -> dict[str, Path]:
+        """Where each lies, by name."""
+        return {name: teacher.folder for name, teacher in self._teachers.items()}
+
     def ask(
         self, examples: Sequence[Example], *, then: str | None = None
     ) -> Callable[[], list[ScoredExample]]:
@@ -249,4 +254,9 @@ class Teachers:
         return found
 
     def _read_head(self, name: str) -> Head:
-        return self._loader.head(find_teacher(self._teachers[name].folder).base)
+        return read_head(self._loader, self._teachers[name].folder)
+
+
+def read_head(loader: Loader, folder: Path) -> Head:
+    """A teacher's head, mapped from its file: an adapter's is its base's."""
+    return loader.head(find_teacher(folder).base)

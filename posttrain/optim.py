@@ -3,6 +3,7 @@
 Muon: momentum 0.95 with Nesterov, the update's nearest orthogonal matrix by a hybrid Newton-Schulz
 iteration (eight fast steps, then two that converge), scaled to an RMS of 0.18 an element, so that
 it shares AdamW's learning rate; decoupled weight decay. Expert weights (E, m, n) are E matrices.
+A matrix in parts on several ranks is gathered, and every rank makes the whole update.
 AdamW: embeddings, head, norms, sinks, compressor position biases, and mHC biases and gates."""
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
+
+from posttrain.sharded import cut_like, whole
 
 NEWTON_SCHULZ = (*((3.4445, -4.7750, 2.0315),) * 8, *((2.0, -1.5, 0.5),) * 2)
 UPDATE_RMS = 0.18
@@ -82,15 +85,15 @@ class Muon(torch.optim.Optimizer):
             assert p.grad is not None
             momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
             momentum.lerp_(p.grad, 1 - group["momentum"])
-            update = p.grad.lerp(momentum, group["momentum"])
+            update = whole(p.grad.lerp(momentum, group["momentum"]))
             by_shape[p.shape[-2:], p.device, p.dtype].append((p, update))
         for pairs in by_shape.values():  # one batched iteration for all matrices of a shape
             stacked = torch.cat([update.reshape(-1, *update.shape[-2:]) for _, update in pairs])
             step = orthogonalize(stacked) * (UPDATE_RMS * math.sqrt(max(stacked.shape[-2:])))
-            counts = [p[..., 0, 0].numel() for p, _ in pairs]
+            counts = [update[..., 0, 0].numel() for _, update in pairs]
             for (p, _), delta in zip(pairs, step.split(counts), strict=True):
                 p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(delta.view_as(p), alpha=-group["lr"])
+                p.add_(cut_like(delta.view(p.shape), p), alpha=-group["lr"])
 
     def _adamw(self, params: list[Tensor], group: dict[str, Any]) -> None:
         if not params:

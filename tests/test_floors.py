@@ -21,7 +21,7 @@ FLOORS = (  # a module may import from floors below its own, and from its own ro
             "posttrain.job",
         ),
         ("posttrain.backbone",),
-        ("posttrain.optim",),
+        ("posttrain.optim", "posttrain.sharded"),
         ("posttrain.intervals",),
         ("posttrain.rollout.types",),
         (

@@ -238,7 +238,7 @@ class _Builder:
             config,
             inputs,
             domains=specs,
-            num_helpers=distill.num_teacher_workers,
+            num_helpers=distill.num_teacher_workers + distill.learners.num_ranks - 1,
         )
 
     def _add_mixed(self) -> None:

@@ -1,27 +1,67 @@
-"""One learner rank of test_ranks.py, which sets RANK and WORLD_SIZE: `python rank.py OUT`."""
+"""One learner rank of test_ranks.py: `python rank.py OUT RANK NUM_RANKS STRATEGY`."""
 
-import os
+import copy
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from conftest import tiny_model
-from test_learner import TEACHERS, VOCAB, Update, examples
+from test_learner import SHARES, TEACHERS, VOCAB, Update, mixed, scored
 
+from distill.learner import Learner
+from distill.mesh import Mesh, Strategy, meet
+from posttrain.optim import build_optimizer
+
+ROWS = mixed("several teachers")
 # four rows for the first of two ranks, in two micro-batches, and one row for the other
-ROWS = {1: [examples()], 2: [examples()[:4], examples()[4:]]}
+CUTS = {1: [ROWS], 2: [ROWS[:4], ROWS[4:]]}
+# all rows for one rank, none for the other
+LOPSIDED = {1: [ROWS], 2: [[], ROWS]}
 
 
-def main(out: Path) -> None:
+def main(out: Path, rank: int, num_ranks: int, strategy: Strategy) -> None:
     torch.set_num_threads(1)
-    rank, num_ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if num_ranks > 1:
+        meet(out / "meeting", rank=rank, num_ranks=num_ranks, timeout_s=60)
+    mesh = Mesh(strategy, num_ranks=num_ranks)
     teachers = {name: tiny_model(i, VOCAB) for i, name in enumerate(TEACHERS.values(), start=1)}
-    update = Update(tiny_model(0, VOCAB), teachers, ROWS[num_ranks][rank])
+    found: dict[str, Any] = {}
+    for name, cuts in (("uneven", CUTS), ("lopsided", LOPSIDED)):
+        update = Update(tiny_model(0, VOCAB), teachers, cuts[num_ranks][rank], mesh=mesh)
+        found[name] = {"metrics": update.metrics, "gradients": update.gradients}
+    found["training"] = training(mesh, teachers, CUTS[num_ranks][rank], out / f"{rank}.state")
     if rank == 0:
-        torch.save({"metrics": update.metrics, "gradients": update.gradients}, out)
-    if torch.distributed.is_initialized():
+        torch.save(found, out / "found.pt")
+    if num_ranks > 1:
         torch.distributed.destroy_process_group()
 
 
+def training(mesh: Mesh, teachers: dict[str, Any], rows: Any, path: Path) -> dict[str, Any]:
+    """Weights after two Muon steps, and after a third by a learner that went on from them."""
+
+    def learner(seed: int) -> Learner:
+        return Learner(
+            tiny_model(seed, VOCAB),
+            lambda model: build_optimizer(model, name="muon", learning_rate=1e-3),
+            mesh=mesh,
+            shares=SHARES,
+            head=lambda name: teachers[name].get_output_embeddings().weight,
+        )
+
+    first = learner(0)
+    for _ in range(2):
+        first.step(scored(rows, teachers))
+    state = first.state()
+    torch.save(state, path)
+    weights = copy.deepcopy(state["model"])  # on one rank the learner's own tensors
+    first.step(scored(rows, teachers))
+    second = learner(7)
+    second.load(path, with_guard=True)
+    second.step(scored(rows, teachers))
+    resumed, straight = second.weights(), first.weights()
+    return {"weights": weights, "straight": straight, "resumed": resumed}
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])  # pyright: ignore[reportArgumentType]  # the test's own

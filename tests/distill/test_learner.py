@@ -14,6 +14,7 @@ from distill.batch import Example, ScoredExample
 from distill.causal_lm import head_weight
 from distill.divergences import Kind
 from distill.learner import Learner
+from distill.mesh import Mesh
 from posttrain.backbone.auxiliary import scale_own_losses
 from posttrain.errors import CheckpointError
 
@@ -66,6 +67,11 @@ def scored(rows: Iterable[Example], teachers: dict[str, Any]) -> list[ScoredExam
     ]
 
 
+def descent(rate: float = 1.0) -> Callable[[Any], torch.optim.Optimizer]:
+    """Plain gradient descent: at rate 1 an update is the gradient."""
+    return lambda model: torch.optim.SGD(model.parameters(), lr=rate)
+
+
 class Update:
     """What one step does to a model: with plain gradient descent at rate 1, its gradients."""
 
@@ -79,11 +85,13 @@ class Update:
         tokens_per_microbatch: int | None = None,
         denominator: Denominator = "domain",
         divergence: Kind = "reverse_kl",
+        mesh: Mesh | None = None,
     ) -> None:
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
         learner = Learner(
             model,
-            torch.optim.SGD(model.parameters(), lr=1.0),
+            descent(),
+            mesh=mesh,
             shares=SHARES,
             head=lambda name: teachers[name].get_output_embeddings().weight,
             denominator=denominator,
@@ -96,7 +104,8 @@ class Update:
             max_grad_norm=1e9,
         )
         self.metrics = learner.step(scored(rows, teachers))
-        self.gradients = {name: before[name] - p for name, p in model.named_parameters()}
+        after = learner.weights()
+        self.gradients = {name: p - after[name] for name, p in before.items()}
 
 
 def assert_same_update(found: Update, wanted: Update) -> None:
@@ -323,7 +332,7 @@ def test_the_gradient_is_clipped_to_its_norm_and_the_rate_follows_the_schedule(
     before = torch.cat([p.detach().flatten() for p in model.parameters()])
     learner = Learner(
         model,
-        torch.optim.SGD(model.parameters(), lr=2.0),
+        descent(2.0),
         shares=SHARES,
         head=lambda name: teachers[name].get_output_embeddings().weight,
         max_grad_norm=1e-2,
@@ -346,7 +355,7 @@ def test_a_loss_that_is_not_finite_updates_nothing(
     rows[1].hidden(MATHS)[0, 0] = float("nan")
     learner = Learner(
         model,
-        torch.optim.SGD(model.parameters(), lr=1.0),
+        descent(1.0),
         shares=SHARES,
         head=lambda name: teachers[name].get_output_embeddings().weight,
     )
@@ -367,7 +376,7 @@ def test_a_gradient_that_is_not_finite_updates_nothing(models: Models) -> None:
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     learner = Learner(
         model,
-        torch.optim.SGD(model.parameters(), lr=1.0),
+        descent(1.0),
         shares=SHARES,
         head=lambda name: teachers[name].get_output_embeddings().weight,
     )

@@ -1,54 +1,94 @@
-"""Several learner ranks take the step that one rank takes."""
+"""Several learner ranks take the steps that one rank takes."""
 
 import os
-import socket
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 
+from distill.batch import Example, ScoredExample
+from distill.config import LearnersConfig
+from distill.mesh import Strategy
+from distill.ranks import deal
+
 RANK = Path(__file__).with_name("rank.py")
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
-def step(num_ranks: int, out: Path) -> dict[str, Any]:
-    """Metrics and gradients of one step over `num_ranks` processes, as rank 0 sees them."""
-    environment = {
-        **os.environ,
-        "ACCELERATE_USE_CPU": "true",
-        "OMP_NUM_THREADS": "1",
-        "WORLD_SIZE": str(num_ranks),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-    }
+def learn(num_ranks: int, strategy: str, out: Path) -> dict[str, Any]:
+    """What rank 0 of `num_ranks` processes found."""
+    out.mkdir()
     ranks = [
         subprocess.Popen(
-            [sys.executable, RANK, out],
-            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            [sys.executable, RANK, out, str(rank), str(num_ranks), strategy],
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(RANK.parents[2])},
         )
         for rank in range(num_ranks)
     ]
     try:
-        assert [rank.wait(timeout=120) for rank in ranks] == [0] * num_ranks
+        assert [rank.wait(timeout=200) for rank in ranks] == [0] * num_ranks
     finally:
         for rank in ranks:
             rank.kill()
-    return torch.load(out)
+    return torch.load(out / "found.pt")
+
+
+STRATEGIES = get_args(Strategy)
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, str], dict[str, Any]]:
+    """`learn`, once for each number of ranks and strategy."""
+    folder = tmp_path_factory.mktemp("ranks")
+    return cache(
+        lambda num_ranks, strategy: learn(num_ranks, strategy, folder / f"{num_ranks}{strategy}")
+    )
+
+
+def test_the_strategies_of_a_recipe_are_the_meshs() -> None:
+    assert get_args(LearnersConfig.model_fields["strategy"].annotation) == STRATEGIES
 
 
 @pytest.mark.slow
-def test_two_ranks_with_unequal_rows_take_the_step_of_one(tmp_path: Path) -> None:
-    one, two = step(1, tmp_path / "one.pt"), step(2, tmp_path / "two.pt")
-    assert two["metrics"].keys() == one["metrics"].keys()
-    for name, value in one["metrics"].items():
-        torch.testing.assert_close(two["metrics"][name], value, rtol=1e-5, atol=1e-7)
-    for name, gradient in one["gradients"].items():
-        torch.testing.assert_close(two["gradients"][name], gradient, rtol=1e-4, atol=2e-6)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_two_ranks_take_the_steps_of_one(
+    strategy: str, found: Callable[[int, str], dict[str, Any]]
+) -> None:
+    one, two = found(1, "ddp"), found(2, strategy)
+    for rows in ("uneven", "lopsided"):  # four rows and one; none and five
+        wanted, ours = one[rows]["metrics"], two[rows]["metrics"]
+        assert ours.keys() == wanted.keys()
+        torch.testing.assert_close(ours["loss"], wanted["loss"], rtol=1e-6, atol=0)
+        for name, value in wanted.items():
+            torch.testing.assert_close(ours[name], value, rtol=1e-5, atol=1e-7)
+        for name, gradient in one[rows]["gradients"].items():
+            ours = two[rows]["gradients"][name]
+            torch.testing.assert_close(ours, gradient, rtol=1e-4, atol=2e-6)
+    for name, weight in one["training"]["weights"].items():
+        torch.testing.assert_close(two["training"]["weights"][name], weight, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_ranks_go_on_from_a_saved_state_to_the_same_bits(
+    strategy: str, found: Callable[[int, str], dict[str, Any]]
+) -> None:
+    training = found(2, strategy)["training"]
+    for name, weight in training["straight"].items():
+        assert torch.equal(training["resumed"][name], weight), name
+
+
+def test_every_row_is_dealt_to_one_rank() -> None:
+    examples = [
+        Example("d", {f"t{i % 2}": 1.0}, [i] * (i + 1), [i], [i]) for i in reversed(range(7))
+    ]
+    rows = [ScoredExample(example, {}) for example in examples]
+    for num_ranks in (1, 3, 9):
+        parts = deal(rows, num_ranks)
+        assert sorted(r.example.sampled[0] for part in parts for r in part) == list(range(7))
+        sizes = [len(part) for part in parts]
+        assert max(sizes) - min(sizes) <= 1
