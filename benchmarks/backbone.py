@@ -96,13 +96,14 @@ def main() -> None:
     data: Json = {**machine(), "rows": []}
     numbers = arguments.page.with_suffix(".json")
     if arguments.only and numbers.exists():
-        data["rows"] = json.loads(numbers.read_text("utf-8"))["rows"]
+        older = json.loads(numbers.read_text("utf-8"))
+        data["rows"] = [{"date": older["date"], **row} for row in older["rows"]]
     for row in rows:
         if arguments.only and arguments.only not in row.name:
             continue
         if row.tokens > arguments.stock_up_to:
             row = replace(row, has_stock=False)
-        put(data["rows"], measure(row))
+        put(data["rows"], {"date": data["date"], **measure(row)})
         write(arguments.page, data, page)
 
 
@@ -286,9 +287,9 @@ def page(data: Json) -> str:
         "columns: ours with all of serving's rounding (fake_quant.py), and its memory over that "
         "without.",
         "",
-        "| step | load | stock s | ours s | ratio | target | ours wall s | stock MiB | ours MiB "
-        "| ratio | rounded MiB | ratio |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| step | day | load | stock s | ours s | ratio | target | ours wall s | stock MiB "
+        "| ours MiB | ratio | rounded MiB | ratio |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     return "\n".join([*lines, *(table_row(row) for row in data["rows"])]) + "\n"
 
@@ -298,6 +299,7 @@ def table_row(row: Json) -> str:
     return " | ".join(
         [
             f"| {row['name']}",
+            row["date"],
             f"{row['load']:g}",
             number(seconds, "stock", ".4g"),
             number(seconds, "ours", ".4g"),
