@@ -49,7 +49,7 @@ def page(reports: Sequence[Json], plot: str) -> str:
         "# What the whole vocabulary is worth",
         "",
         f"`posttrain run granularity`, {count} seeds: the quickstart's base and specialists, "
-        "distilled in several ways on the same prompts, steps and slots of tokens. Written by "
+        "distilled in several ways by as many steps on the same prompts. Written by "
         f"`benchmarks/granularity.py` from the runs' report.json. {versions}.",
         "",
         f"![score over tokens]({plot})",
@@ -109,25 +109,27 @@ def picture(reports: Sequence[Json]) -> str:
     lines = [mean_over(reports, way, i % 7 + 1) for i, way in enumerate(ways(reports))]
     chart = line_panel(lines, unit="score", is_share=True, is_log=False)
     inside = chart[chart.index(">") + 1 : chart.rindex("</svg>")]
-    height = HEIGHT + LINE * len(lines) + 4
+    height = HEIGHT + LINE * (len(lines) + 1) + 4
     styles = [
         "text{font:8px sans-serif;fill:#5d6670}",
         ".rule{stroke:#e6e7e4}",
         ".line,.raw{fill:none;stroke-width:1.5}",
         ".raw{opacity:0}",
+        ".dot{r:1.5px;stroke:none}",
         *(f".c{i + 1}{{stroke:{c}}}.dot.c{i + 1}{{fill:{c}}}" for i, c in enumerate(COLOURS)),
     ]
     legend = [
         f'<line class="line c{s.colour}" x1="32" x2="44" y1="{y - 3}" y2="{y - 3}"/>'
         f'<text x="48" y="{y}">{s.label}</text>'
         for i, s in enumerate(lines)
-        for y in [HEIGHT + LINE * (i + 1)]
+        for y in [HEIGHT + LINE * (i + 2)]
     ]
     box = f'viewBox="0 0 {WIDTH} {height}" width="{3 * WIDTH}"'
+    axis = f'<text x="{WIDTH / 2}" y="{HEIGHT + 3}" text-anchor="middle">tokens with loss</text>'
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" {box}>'
         f'<rect width="100%" height="100%" fill="#fff"/><style>{"".join(styles)}</style>'
-        f"{inside}{''.join(legend)}</svg>\n"
+        f"{inside}{axis}{''.join(legend)}</svg>\n"
     )
 
 
