@@ -1,41 +1,21 @@
 """One answer of a checkpoint, told as it is sampled."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers.utils import logging
 
 from posttrain.backbone import V4ForCausalLM
 from posttrain.chat import Effort, encode_prompt
 from posttrain.checkpoints import load_model, load_tokenizer
 from posttrain.errors import CheckpointError, DataError
-from posttrain.rollout.engine import Engine, Row
+from posttrain.rollout.engine import Engine
 from posttrain.rollout.types import Request, Rollout
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 """What a tokenizer decodes the first bytes of a character to, until the rest has come."""
-
-
-class StreamingEngine(Engine):
-    """An engine that tells each answer's tokens so far, whenever one more is there."""
-
-    def __init__(
-        self, model: Any, *, num_slots: int, seed: int, on_tokens: Callable[[list[int]], None]
-    ) -> None:
-        super().__init__(model, num_slots=num_slots, seed=seed)
-        self._on_tokens = on_tokens
-
-    def _sample(
-        self, rows: list[Row | None], slots: list[int], hidden: Tensor, token_B: Tensor
-    ) -> Iterator[Rollout]:
-        live = [row for row in (rows[slot] for slot in slots) if row is not None]
-        finished = list(super()._sample(rows, slots, hidden, token_B))
-        for row in live:
-            self._on_tokens(row.response)
-        yield from finished
 
 
 def generate(
@@ -81,7 +61,7 @@ def generate(
         stop_token_ids=(tokenizer.eos_token_id,),
     )
     telling = Telling(tokenizer, on_text)
-    engine = StreamingEngine(model, num_slots=1, seed=seed, on_tokens=telling)
+    engine = Engine(model, num_slots=1, seed=seed, on_token=telling)
     with torch.inference_mode():
         return next(iter(engine.run([request])))
 
@@ -94,7 +74,7 @@ class Telling:
         self._on_text = on_text
         self._told = ""
 
-    def __call__(self, response: list[int]) -> None:
+    def __call__(self, request: Request, response: list[int]) -> None:
         end = self._tokenizer.eos_token_id
         text = self._tokenizer.decode([token for token in response if token != end])
         if text.endswith(UNFINISHED) and response[-1] != end:

@@ -189,11 +189,14 @@ class V4Cache(Cache):
         self._length_B = self._length_B.index_fill(0, slots_D, 0)
         self._reached_B = self._reached_B.index_fill(0, slots_D, 0)
 
-    def copy_slots(self, source_D: Tensor, target_D: Tensor) -> None:
-        """Make the target slots what the source slots are: one prefill for many samples."""
-        for x in (*self._tensors(), self._reached_B):
-            x[target_D] = x[source_D]
-        self._length_B = self._length_B.index_copy(0, target_D, self._length_B[source_D])
+    def copy_slots(self, source_D: Tensor, target_D: Tensor, *, of: V4Cache | None = None) -> None:
+        """Make the target slots what the source slots are, here or of a like cache with as much
+        room: one prefill for many samples."""
+        of = of or self
+        pairs = zip(self._tensors(), of._tensors(), strict=True)
+        for x, y in (*pairs, (self._reached_B, of._reached_B)):
+            x[target_D] = y[source_D]
+        self._length_B = self._length_B.index_copy(0, target_D, of._length_B[source_D])
 
     def reorder(self, index: Tensor) -> None:
         """Slot i becomes what slot index[i] was; any number of slots, with repeats."""

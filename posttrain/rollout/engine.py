@@ -1,166 +1,218 @@
-"""The rollout engine: slots on the V4 cache; a finished row's slot goes to the next prompt.
+"""The rollout engine: continuous batching in slots; a finished row's slot goes to the next prompt.
 
-One engine for GRPO, OPD and evaluation. Prompts of any length are taken in together, unpadded;
-every step decodes one token in every slot. What a tool says is fed through the same steps, its
-tokens marked as not the model's own, so nothing is computed twice."""
+One engine for GRPO, OPD and evaluation. Each step feeds a token to every row that decodes and a
+chunk of tokens to rows that read (a prompt, or what a tool said), in one forward. A row's tokens
+and log-probabilities depend on (seed, prompt id, sample), its prompt and the weights alone.
+"""
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from threading import RLock
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from posttrain.backbone import V4Cache
-from posttrain.rollout.sampling import sample, stream_key, uniform
-from posttrain.rollout.types import Request, Rollout
+from posttrain.backbone import V4ForCausalLM
+from posttrain.backbone.decode_keys import whole
+from posttrain.rollout.batch import Batch
+from posttrain.rollout.generic import GenericSlots
+from posttrain.rollout.journal import Journal, fingerprint
+from posttrain.rollout.row import Row, Token
+from posttrain.rollout.sampling import Draw, sample, uniform
+from posttrain.rollout.slots import COLUMNS, V4Slots
+from posttrain.rollout.types import Request, Rollout, Said
 
-
-@dataclass
-class Row:
-    """A request in a slot."""
-
-    request: Request
-    key: int
-    response: list[int] = field(default_factory=list[int])
-    is_own: list[bool] = field(default_factory=list[bool])
-    logp: list[float] = field(default_factory=list[float])
-    turn: int = 0
-    """Where the current turn's own tokens start in `response`."""
-    said_to_it: deque[int] = field(default_factory=deque[int])
-    """Tokens of a tool or user that are still to be fed."""
-    finish_reason: str = ""
-
-    def take(self, token: int, logp: float) -> int:
-        """The row's next token, sampled or said to it, recorded; sets `finish_reason` when it is
-        the last."""
-        is_own = not self.said_to_it
-        token = token if is_own else self.said_to_it.popleft()
-        self.response.append(token)
-        self.is_own.append(is_own)
-        self.logp.append(logp if is_own else 0.0)
-        if is_own and token in self.request.stop_token_ids:
-            self._end_turn()
-        if not self.finish_reason and len(self.response) >= self.request.max_new_tokens:
-            self.finish_reason = "length"
-        return token
-
-    def _end_turn(self) -> None:
-        ask = self.request.continue_turn
-        said = ask(self.response[self.turn :]) if ask else None
-        if said is None or len(self.response) + len(said) >= self.request.max_new_tokens:
-            self.finish_reason = "stop" if said is None else "length"
-            return
-        self.said_to_it.extend(said)
-        self.turn = len(self.response) + len(said)
+READERS = 16
+"""Rows of a chunk, at most: a step has so many times `COLUMNS` tokens beside those that decode."""
 
 
 class Engine:
-    """Samples from `model` in `num_slots` slots at once; tokens are seeded by (seed, prompt id,
-    sample, position).
+    """Samples from `model`, a V4 or another causal model of transformers', in `num_slots` slots.
 
-    `version` is stamped on every rollout: set it when the weights change.
+    `version` is stamped on every token: set it when the weights change between two runs, and call
+    `update` where they change within one.
     """
 
-    def __init__(self, model: Any, *, num_slots: int, seed: int) -> None:
+    def __init__(
+        self,
+        model: Any,
+        *,
+        num_slots: int,
+        seed: int,
+        journal: Journal | None = None,
+        tokenizer: Any = None,
+        num_tool_threads: int = 0,
+        on_token: Callable[[Request, list[int]], None] | None = None,
+    ) -> None:
+        """
+        Args:
+            journal: where every token is written before it is used; a run goes on with what it has.
+            tokenizer: for requests with stop strings.
+            num_tool_threads: `continue_turn` is called in so many threads, while other rows go on;
+                0: in place.
+            on_token: told of a request's response so far, whenever it has sampled one more.
+        """
         if num_slots < 1:
             raise ValueError(f"num_slots is {num_slots}: an engine needs at least one slot")
         self.model, self.num_slots, self.seed = model, num_slots, seed
         self.version = 0
+        self._journal, self._tokenizer, self._on_token = journal, tokenizer, on_token
+        self._num_tool_threads, self._pool = num_tool_threads, None
+        self._batch: Batch | None = None
+        self._lock = RLock()
 
     @torch.no_grad()
     def run(self, requests: Iterable[Request]) -> Iterator[Rollout]:
-        """Rollouts as they finish, in any order; takes requests as slots become free."""
+        """Rollouts as they finish, in any order; takes requests as slots become free.
+
+        Raises JournalError: the journal is of another run. RuntimeError: a run is going on.
+        """
+        if self._batch is not None:
+            raise RuntimeError("this engine's last run is not over: exhaust or close() it first")
+        if self._journal is not None:
+            weights = fingerprint(self.model)
+            self._journal.begin(seed=self.seed, version=self.version, weights=weights)
+        make = V4Slots if isinstance(self.model, V4ForCausalLM) else GenericSlots
+        self._slots = make(self.model, self.num_slots)
+        batch = Batch(self._slots, self.num_slots, map(self._row, requests))
         was_training = self.model.training
         self.model.eval()
-        waiting = iter(requests)
-        cache = V4Cache(self.model.config, self.num_slots, like=self.model.lm_head.weight)
-        rows: list[Row | None] = [None] * self.num_slots
-        token_B = torch.zeros(self.num_slots, dtype=torch.long, device=self.model.device)
         try:
-            while True:
-                if taken := self._next_requests(rows, waiting):
-                    yield from self._admit(taken, rows, token_B, cache)
-                elif any(rows):
-                    yield from self._step(rows, token_B, cache)
-                else:
-                    return
+            self._batch = batch
+            if self._num_tool_threads:
+                self._pool = ThreadPoolExecutor(self._num_tool_threads, "tool")
+            while not batch.is_empty:
+                yield from [row.rollout() for row in self.step()]
         finally:
+            self._batch = None
+            if self._pool is not None:
+                self._pool.shutdown(cancel_futures=True)
+                self._pool = None
             self.model.train(was_training)
 
-    def _next_requests(
-        self, rows: list[Row | None], waiting: Iterator[Request]
-    ) -> list[tuple[int, Request]]:
-        """Requests for the free slots; none while so few are free that a prefill would serve
-        hardly a row."""
-        free = [slot for slot, row in enumerate(rows) if row is None]
-        if len(free) < self.num_slots // 4 and any(rows):
-            return []
-        return list(zip(free, waiting, strict=False))
+    def step(self) -> list[Row]:
+        """Feed every row in a slot, sample where a token is due; the rows that ended."""
+        with self._lock:
+            batch = self._batch
+            assert batch is not None, "step() is a part of run()"
+            ended = batch.admit()
+            live, reading = batch.due(COLUMNS, READERS)
+            logits, routes = self._feed(live, reading)
+            rows, logits = batch.fed(live, reading, logits, routes)
+            if logits is not None and rows:
+                self._take(rows, self._draw(rows, logits))
+            self._hear(batch.answered(waits=not (rows or reading or ended)))
+            return ended + batch.ended()
 
-    def _admit(
-        self,
-        taken: list[tuple[int, Request]],
-        rows: list[Row | None],
-        token_B: Tensor,
-        cache: V4Cache,
-    ) -> Iterator[Rollout]:
-        """Prefill these prompts together and sample each row's first token."""
-        slots = [slot for slot, _ in taken]
-        hidden = self.model.model.prefill([request.prompt for _, request in taken], cache, slots)
-        cache.reserve(max(len(request.prompt) + request.max_new_tokens for _, request in taken))
-        for slot, request in taken:
-            rows[slot] = Row(request, stream_key(self.seed, request.prompt_id, request.sample))
-        yield from self._sample(rows, slots, hidden, token_B)
+    def update(
+        self, version: int, apply: Callable[[], None] | None = None, *, rereads: bool = False
+    ) -> None:
+        """Other weights, from the next token on; may be called within a run, from any thread.
 
-    def _step(self, rows: list[Row | None], token_B: Tensor, cache: V4Cache) -> Iterator[Rollout]:
-        """One token in every slot."""
-        live = [slot for slot, row in enumerate(rows) if row is not None]
-        is_live_B = torch.zeros(len(rows), dtype=torch.long, device=token_B.device)
-        is_live_B[live] = 1
-        hidden = self.model.model.decode(token_B, cache, is_live_B)
-        yield from self._sample(rows, live, hidden[live], token_B)
+        Args:
+            version: stamped on the tokens that follow.
+            apply: puts the weights into `model`, between two steps.
+            rereads: all rows read what they have again, so that nothing of the old weights is left;
+                else what the cache holds of a row's past stays as the old weights made it.
+        """
+        with self._lock:
+            if apply is not None:
+                apply()
+            self.version = version
+            if self._batch is not None:
+                self._batch.forget_weights(rereads=rereads)
+                if self._journal is not None:
+                    self._journal.updated(version=version, weights=fingerprint(self.model))
 
-    def _sample(
-        self, rows: list[Row | None], slots: list[int], hidden: Tensor, token_B: Tensor
-    ) -> Iterator[Rollout]:
-        """Sample each slot's next token, and give out the rows that it ends."""
-        live = [row for row in (rows[slot] for slot in slots) if row is not None]
-        tokens, logps = self._draw(live, self.model.lm_head(hidden))
-        for slot, row, token, logp in zip(slots, live, tokens, logps, strict=True):
-            token_B[slot] = row.take(token, logp)
-            if row.finish_reason:
-                rows[slot] = None
-                yield self._rollout(row)
+    def _row(self, request: Request) -> Row:
+        row = Row.of(request, seed=self.seed, tokenizer=self._tokenizer)
+        if self._journal is not None:
+            self._journal.admit(row, self.version)
+        if row.is_turn_over:
+            self._ask(row)
+        return row
 
-    def _draw(self, rows: list[Row], logits_BV: Tensor) -> tuple[list[int], list[float]]:
-        requests = [row.request for row in rows]
+    def _feed(
+        self, live: dict[int, int], reading: list[tuple[Row, int]]
+    ) -> tuple[Tensor | None, list[Any]]:
+        """The logits after what each slot is fed; None where none is fed."""
+        if not live and not reading:
+            return None, []
+        wants_routes = any(row.request.wants_routes for row in self._rows())
+        parts = [(row.slot, row.unread[:count]) for row, count in reading]
+        return self._slots.step(live, parts, wants_routes=wants_routes)
+
+    def _draw(self, rows: list[Row], logits_NV: Tensor) -> Draw:
+        """Each row's next token. As all that is computed by row, in whole blocks of rows."""
+        filled = rows + rows[:1] * (whole(len(rows)) - len(rows))
+        fill = torch.arange(len(filled)).clamp(max=len(rows) - 1) if len(filled) > len(rows) else ()
+        requests, device = [row.request for row in filled], logits_NV.device
+        keys = np.array([row.key for row in filled], np.uint64)
+        places = np.array([len(row.response) for row in filled], np.uint64)
 
         def column(values: list[float], dtype: torch.dtype = torch.float64) -> Tensor:
-            return torch.tensor(values, dtype=dtype, device=logits_BV.device)
+            return torch.tensor(values, dtype=dtype, device=device)
 
-        token_B, logp_B = sample(
-            logits_BV,
-            column([uniform(row.key, len(row.response)) for row in rows]),
+        return sample(
+            logits_NV[fill] if len(fill) else logits_NV,
+            torch.from_numpy(uniform(keys, places)).to(device),
             temperature_B=column([r.temperature for r in requests]),
             top_p_B=column([r.top_p for r in requests]),
             top_k_B=column([r.top_k for r in requests], torch.long),
         )
-        return token_B.tolist(), logp_B.tolist()
 
-    def _rollout(self, row: Row) -> Rollout:
-        request = row.request
-        return Rollout(
-            prompt_id=request.prompt_id,
-            domain=request.domain,
-            version=self.version,
-            prompt=request.prompt,
-            response=row.response,
-            is_own=row.is_own,
-            logp=row.logp,
-            sample=request.sample,
-            finish_reason=row.finish_reason,
-        )
+    def _take(self, rows: list[Row], draw: Draw) -> None:
+        """Write the rows' tokens down, then hand them out."""
+        columns = (draw.token_B.tolist(), draw.logp_B.tolist(), draw.kept_logp_B.tolist())
+        tokens = [
+            Token(token, logp, self.version, kept, _support(draw, i) if wants else ())
+            for i, (token, logp, kept, wants) in enumerate(
+                zip(*columns, [row.request.wants_support for row in rows], strict=False)
+            )
+        ]
+        taken = list(zip(rows, tokens, strict=True))
+        if self._journal is not None:
+            self._journal.tokens(taken)
+        for row, token in taken:
+            row.take(token)
+            if row.is_turn_over:
+                self._ask(row)
+            if self._on_token is not None:
+                self._on_token(row.request, row.response)
+
+    def _ask(self, row: Row) -> None:
+        """Let what is said to the row's turn be found out."""
+        ask, turn = row.request.continue_turn, row.response[row.turn :]
+        assert ask is not None
+        said = ask(turn) if self._pool is None else self._pool.submit(_resolved, ask, turn)
+        if not isinstance(said, Future):
+            done: Future[Said] = Future()
+            done.set_result(said)
+            said = done
+        row.answer = said
+
+    def _hear(self, rows: list[Row]) -> None:
+        for row in rows:
+            assert row.answer is not None
+            said = row.answer.result()
+            if self._journal is not None:
+                self._journal.said(row, said)
+            row.hear(said, self.version)
+
+    def _rows(self) -> Iterable[Row]:
+        return self._batch.rows.values() if self._batch is not None else ()
+
+
+def _resolved(ask: Callable[[list[int]], Said | Future[Said]], turn: list[int]) -> Said:
+    said = ask(turn)
+    return said.result() if isinstance(said, Future) else said
+
+
+def _support(draw: Draw, row: int) -> tuple[int, ...]:
+    if draw.keep_BV is None or bool(draw.keep_BV[row].all()):
+        return ()
+    return tuple(draw.keep_BV[row].nonzero().flatten().tolist())

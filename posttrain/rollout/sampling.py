@@ -11,11 +11,24 @@ Legend: B rows, V vocabulary.
 from __future__ import annotations
 
 import hashlib
+from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-_MASK = (1 << 64) - 1
+
+class Draw(NamedTuple):
+    """What rows sampled."""
+
+    token_B: Tensor
+    logp_B: Tensor
+    """float64, tempered, before top-p and top-k; greedy rows': at temperature 1."""
+    kept_logp_B: Tensor
+    """float64, tempered, after top-p and top-k."""
+    keep_BV: Tensor | None
+    """What top-p and top-k leave; None: all, everywhere."""
 
 
 def stream_key(seed: int, prompt_id: str, sample: int) -> int:
@@ -24,34 +37,35 @@ def stream_key(seed: int, prompt_id: str, sample: int) -> int:
     return int.from_bytes(digest.digest(), "little")
 
 
-def uniform(key: int, position: int) -> float:
-    """A number in [0, 1) with 53 random bits: splitmix64 of the key's counter at `position`."""
-    x = (key + (position + 1) * 0x9E3779B97F4A7C15) & _MASK
-    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
-    return ((x ^ (x >> 31)) >> 11) * 2.0**-53
+def uniform(key_B: NDArray[np.uint64], position_B: NDArray[np.uint64]) -> NDArray[np.float64]:
+    """Numbers in [0, 1) with 53 random bits: splitmix64 of each key's counter at `position`."""
+    x = key_B + (position_B + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    x = (x ^ (x >> np.uint64(31))) >> np.uint64(11)
+    return x.astype(np.float64) * 2.0**-53
 
 
 def sample(
     logits_BV: Tensor, uniform_B: Tensor, *, temperature_B: Tensor, top_p_B: Tensor, top_k_B: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Tokens (B,) and their log-probabilities (B,) float64, tempered, before top-p and top-k.
-
-    Temperature 0 is greedy: the lowest of the best tokens, its log-probability at temperature 1.
-    """
+) -> Draw:
+    """One token a row. Temperature 0 is greedy: the lowest of the best tokens."""
     is_greedy_B = temperature_B == 0
     tempered = logits_BV.double() / torch.where(is_greedy_B, 1.0, temperature_B)[:, None]
     logp_BV = tempered.log_softmax(dim=-1)
-    p_BV = logp_BV.exp()
-    if bool(((top_p_B < 1) | (top_k_B > 0)).any()):
-        p_BV = p_BV * _support(p_BV, top_p_B, top_k_B)
+    p_BV, keep_BV = logp_BV.exp(), None
+    is_cut_B = (top_p_B < 1) | (top_k_B > 0)
+    if bool(is_cut_B.any()):
+        keep_BV = _support(p_BV, top_p_B, top_k_B)
+        p_BV = p_BV * keep_BV
     total_BV = p_BV.cumsum(dim=-1)
-    target_B1 = uniform_B[:, None] * total_BV[:, -1:]
-    token_B = (
-        torch.searchsorted(total_BV, target_B1, right=True).squeeze(1).clamp(max=p_BV.shape[1] - 1)
-    )
+    mass_B1 = total_BV[:, -1:]
+    token_B = torch.searchsorted(total_BV, uniform_B[:, None] * mass_B1, right=True).squeeze(1)
+    token_B = token_B.clamp(max=p_BV.shape[1] - 1)
     token_B = torch.where(is_greedy_B, logits_BV.argmax(dim=-1), token_B)
-    return token_B, logp_BV.gather(1, token_B[:, None]).squeeze(1)
+    logp_B = logp_BV.gather(1, token_B[:, None]).squeeze(1)
+    kept_logp_B = torch.where(is_cut_B, logp_B - mass_B1.squeeze(1).log(), logp_B)
+    return Draw(token_B, logp_B, kept_logp_B, keep_BV)
 
 
 def _support(p_BV: Tensor, top_p_B: Tensor, top_k_B: Tensor) -> Tensor:

@@ -2,7 +2,12 @@
 # ruff: noqa: A005  # always imported as posttrain.rollout.types; its folder is never on sys.path
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+Said = list[int] | None
+"""What a tool or the user says to a turn, as tokens; None: the response ends there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,9 +32,19 @@ class Request:
     stop_token_ids: tuple[int, ...] = ()
     domain: str = ""
 
-    continue_turn: Callable[[list[int]], list[int] | None] | None = None
+    continue_turn: Callable[[list[int]], Said | Future[Said]] | None = None
     """The turn just finished (own tokens, stop token included) -> tokens to append that are not the
-    model's own (a tool's result and the next assistant mark), or None: the response ends."""
+    model's own (a tool's result and the next assistant mark), or None: the response ends. A future
+    of these lets the other rows go on while a slow tool works."""
+
+    stop_strings: tuple[str, ...] = ()
+    """A turn ends with the token that completes one of these in its text."""
+
+    wants_support: bool = False
+    """Record what was left to sample from, beside `logp`: `Rollout.kept_logp` and `support`."""
+
+    wants_routes: bool = False
+    """Record the experts of every token (V4 models): `Rollout.routes`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +55,8 @@ class Rollout:
     prompt_id: str
     domain: str
     version: int
-    """The learner version that sampled it; its age is the learner's version less this."""
+    """The learner version that sampled its first token; its age is the learner's version less
+    this."""
 
     prompt: list[int]
     response: list[int]
@@ -57,5 +73,22 @@ class Rollout:
     """`stop`, or `length` where max_new_tokens cut the response."""
 
     teacher: str = ""
-    """Who reads along where rollouts are distilled, such as "specialist/code", or several joined by
-    " + "; empty elsewhere."""
+    """Who reads along where rollouts are distilled, such as "specialist/code"; empty elsewhere."""
+
+    versions: list[int] = field(default_factory=list[int])
+    """The version that each token was sampled under, where weights changed on the way; else
+    empty."""
+
+    stop_string: str = ""
+    """The stop string that ended it, if one did."""
+
+    kept_logp: list[float] = field(default_factory=list[float])
+    """Like `logp`, of the distribution after top-p and top-k; where `wants_support`."""
+
+    support: list[list[int]] = field(default_factory=list[list[int]])
+    """The tokens that top-p and top-k left at each place, ascending; empty where they left all, or
+    the token is not the model's own; where `wants_support`."""
+
+    routes: Any = None
+    """numpy int16 (prompt + response, layers, experts a token), the last row -1: it was never fed.
+    Where `wants_routes`; captured under the version that each token was last fed by."""

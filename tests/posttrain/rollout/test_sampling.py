@@ -1,14 +1,20 @@
 """Sampling is seeded, unbiased, and blind to the rows beside it."""
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from posttrain.rollout.sampling import sample, stream_key, uniform
+from posttrain.rollout.sampling import Draw, sample, stream_key
+from posttrain.rollout.sampling import uniform as uniforms
+
+
+def uniform(key: int, position: int) -> float:
+    return float(uniforms(np.array([key], np.uint64), np.array([position], np.uint64))[0])
 
 
 def draw(
     logits: Tensor, u: Tensor, *, temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0
-) -> tuple[Tensor, Tensor]:
+) -> Draw:
     ones = torch.ones(len(logits), dtype=torch.float64)
     return sample(
         logits,
@@ -44,7 +50,7 @@ def test_frequencies_follow_the_tempered_distribution() -> None:
     u = torch.tensor(
         [uniform(stream_key(0, "x", 0), i) for i in range(40_000)], dtype=torch.float64
     )
-    tokens, logp = draw(logits.expand(len(u), -1), u, temperature=0.7)
+    tokens, logp, *_ = draw(logits.expand(len(u), -1), u, temperature=0.7)
     wanted = (logits.double() / 0.7).softmax(-1)
     torch.testing.assert_close(
         torch.bincount(tokens, minlength=4) / len(u), wanted.float(), atol=0.01, rtol=0
@@ -53,7 +59,7 @@ def test_frequencies_follow_the_tempered_distribution() -> None:
 
 
 def test_temperature_zero_is_greedy() -> None:
-    tokens, logp = draw(
+    tokens, logp, *_ = draw(
         torch.tensor([[1.0, 3.0, 3.0]]), torch.tensor([0.99], dtype=torch.float64), temperature=0.0
     )
     assert tokens.tolist() == [1]
@@ -93,3 +99,22 @@ def test_a_row_does_not_see_its_neighbours() -> None:
     )
     together = draw(logits, u)[0]
     assert together.tolist() == [int(draw(logits[i : i + 1], u[i : i + 1])[0]) for i in range(9)]
+
+
+def test_uniform_numbers_are_those_of_splitmix64() -> None:
+    # the published first outputs of splitmix64 from state 1234567, shifted to 53 bits
+    wanted = [6457827717110365317, 3203168211198807973, 9817491932198370423]
+    assert [uniform(1234567, i) for i in range(3)] == [(x >> 11) * 2.0**-53 for x in wanted]
+
+
+def test_what_is_kept_is_a_distribution_and_its_logp_is_recorded() -> None:
+    logits = torch.tensor([0.5, 0.25, 0.15, 0.1]).log().expand(2000, -1)
+    u = torch.arange(2000, dtype=torch.float64) / 2000
+    drawn = draw(logits, u, top_p=0.8)
+    assert drawn.keep_BV is not None
+    assert drawn.keep_BV[0].tolist() == [True, True, True, False]
+    # 0.5 / 0.9, 0.25 / 0.9, 0.15 / 0.9 of the kept mass
+    wanted = torch.tensor([0.5, 0.25, 0.15]).double()[drawn.token_B]
+    torch.testing.assert_close(drawn.kept_logp_B.exp(), wanted / 0.9)
+    torch.testing.assert_close(drawn.logp_B.exp(), wanted)
+    assert draw(logits, u).keep_BV is None

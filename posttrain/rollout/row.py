@@ -1,0 +1,132 @@
+"""A request on its way: what it has said, what it is still to read, and whether it has ended."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from posttrain.rollout.sampling import stream_key
+from posttrain.rollout.stops import Stops
+from posttrain.rollout.types import Request, Rollout, Said
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """A sampled token, as a row takes it and the journal keeps it."""
+
+    token: int
+    logp: float
+    version: int
+    kept_logp: float = 0.0
+    support: tuple[int, ...] = ()
+
+
+@dataclass
+class Row:
+    """A request. It reads `unread`, then takes a sampled token, feeds it, takes the next; at the
+    end of a turn it may wait for what is said to it, and reads that."""
+
+    request: Request
+    key: int
+    stops: Stops
+    unread: list[int] = field(default_factory=list[int])
+    """Tokens that the model is to be fed before the row's next token is sampled."""
+    slot: int = -1
+    number: int = -1
+    """In the journal."""
+    response: list[int] = field(default_factory=list[int])
+    is_own: list[bool] = field(default_factory=list[bool])
+    logp: list[float] = field(default_factory=list[float])
+    versions: list[int] = field(default_factory=list[int])
+    kept_logp: list[float] = field(default_factory=list[float])
+    support: list[list[int]] = field(default_factory=list[list[int]])
+    routes: list[Any] = field(default_factory=list[Any])
+    """Experts of the tokens fed, in pieces (tokens, layers, experts a token)."""
+    turn: int = 0
+    """Where the current turn's own tokens start in `response`."""
+    is_turn_over: bool = False
+    answer: Future[Said] | None = None
+    """What is being said to the turn that is over."""
+    stop_string: str = ""
+    finish_reason: str = ""
+
+    @classmethod
+    def of(cls, request: Request, *, seed: int, tokenizer: Any) -> Row:
+        key = stream_key(seed, request.prompt_id, request.sample)
+        return cls(request, key, Stops(request.stop_strings, tokenizer), list(request.prompt))
+
+    @property
+    def is_done(self) -> bool:
+        """It has ended; what it may still read, a journal's, is for its routes."""
+        return bool(self.finish_reason) and not self.unread
+
+    @property
+    def is_reading_prompt(self) -> bool:
+        return bool(self.unread) and not self.response
+
+    @property
+    def tokens(self) -> list[int]:
+        return [*self.request.prompt, *self.response]
+
+    def take(self, token: Token) -> None:
+        """The row's next token, sampled; it is to be fed, unless the row ends with it."""
+        self._append(token.token, token.logp, token.version, is_own=True)
+        if self.request.wants_support:
+            self.kept_logp.append(token.kept_logp)
+            self.support.append(list(token.support))
+        self.unread = [token.token]
+        self.stop_string = self.stops.completed(self.response, self.turn)
+        self.is_turn_over = bool(self.stop_string) or token.token in self.request.stop_token_ids
+        if self.is_turn_over and self.request.continue_turn is None:
+            self.finish_reason = "stop"
+        elif len(self.response) >= self.request.max_new_tokens and not self.is_turn_over:
+            self.finish_reason = "length"
+        if self.finish_reason:
+            self.unread, self.is_turn_over = [], False
+
+    def hear(self, said: Said, version: int) -> None:
+        """What is said to the turn; the row ends where that is nothing, or leaves no room for a
+        further token."""
+        self.answer, self.is_turn_over = None, False
+        if said is None or len(self.response) + len(said) >= self.request.max_new_tokens:
+            self.finish_reason, self.unread = "stop" if said is None else "length", []
+            return
+        for token in said:
+            self._append(token, 0.0, version, is_own=False)
+        if self.request.wants_support:
+            self.kept_logp += [0.0] * len(said)
+            self.support += [[] for _ in said]
+        self.unread += said
+        self.turn, self.stop_string = len(self.response), ""
+
+    def _append(self, token: int, logp: float, version: int, *, is_own: bool) -> None:
+        self.response.append(token)
+        self.is_own.append(is_own)
+        self.logp.append(logp)
+        self.versions.append(version)
+
+    def rollout(self) -> Rollout:
+        request, routes = self.request, None
+        if request.wants_routes:
+            fed = np.concatenate(self.routes) if self.routes else np.zeros((0, 0, 0), np.int16)
+            missing = len(self.tokens) - len(fed)
+            routes = np.pad(fed, ((0, missing), (0, 0), (0, 0)), constant_values=-1)
+        return Rollout(
+            prompt_id=request.prompt_id,
+            domain=request.domain,
+            version=self.versions[0],
+            prompt=request.prompt,
+            response=self.response,
+            is_own=self.is_own,
+            logp=self.logp,
+            sample=request.sample,
+            finish_reason=self.finish_reason,
+            versions=self.versions if len(set(self.versions)) > 1 else [],
+            stop_string=self.stop_string,
+            kept_logp=self.kept_logp,
+            support=self.support,
+            routes=routes,
+        )

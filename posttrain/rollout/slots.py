@@ -1,0 +1,134 @@
+"""The slots of a V4 model: what the engine asks of a model, on the slot cache.
+
+The number of slots is filled up to whole blocks of 16, and so are the rows of the head: then no
+row's bits depend on the others (posttrain/backbone/chunks.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from posttrain.backbone import V4Cache
+from posttrain.backbone.chunks import Chunk, room_for, step
+from posttrain.backbone.decode_keys import whole
+from posttrain.backbone.routing import RouteTape
+
+COLUMNS = 32
+"""Tokens of a row in a chunk."""
+
+
+class V4Slots:
+    """Rows of tokens in slots, and one prompt on the shelf to be copied from."""
+
+    def __init__(self, model: Any, num_slots: int) -> None:
+        self._model, self._width = model, whole(num_slots)
+        window = model.config.sliding_window
+        self._num_spare = whole(window + COLUMNS - 1) - window
+        self._cache, self._shelf = self._new_cache(self._width), self._new_cache(1)
+        self._held = [0] * self._width
+        self._held_on_shelf = 0
+
+    def step(
+        self,
+        live: Mapping[int, int],
+        reading: Sequence[tuple[int, Sequence[int]]],
+        *,
+        wants_routes: bool = False,
+    ) -> tuple[Tensor, list[Any]]:
+        """Feed a token to each live slot, and further tokens, `COLUMNS` at most, to those that
+        read.
+
+        Returns: the logits after the last token of each, (rows, V), in that order, the live slots
+        ascending; rows are filled up to whole blocks. And where wanted, each one's experts as numpy
+        (tokens, layers, experts a token).
+        """
+        device, slots = self._model.device, sorted(live)
+        token_B = is_live_B = chunk = None
+        if slots:
+            token_B, is_live_B = torch.zeros(2, self._width, dtype=torch.long)
+            token_B[slots], is_live_B[slots] = torch.tensor([live[slot] for slot in slots]), 1
+            token_B, is_live_B = token_B.to(device), is_live_B.to(device)
+        if reading:
+            chunk = self._chunk(reading)
+        tape = RouteTape(len(self._model.model.layers)) if wants_routes else None
+        reach = max(
+            [self._held[slot] + 1 for slot in slots]
+            + [self._held[slot] + COLUMNS for slot, _ in reading]
+        )
+        hidden_TH = step(
+            self._model.model,
+            self._cache,
+            token_B=token_B,
+            is_live_B=is_live_B,
+            chunk=chunk,
+            reach=room_for(self._model.config, reach) if reach > self._cache.capacity else reach,
+            tape=tape,
+        )
+        for slot in slots:
+            self._held[slot] += 1
+        for slot, ids in reading:
+            self._held[slot] += len(ids)
+        first = self._width if slots else 0
+        ends = [first + row * COLUMNS + len(ids) - 1 for row, (_, ids) in enumerate(reading)]
+        places = [*slots, *ends]
+        places += places[:1] * (whole(len(places)) - len(places))
+        logits = self._model.lm_head(hidden_TH[torch.tensor(places, device=device)])
+        return logits, _routes(tape, [1] * len(slots) + [len(ids) for _, ids in reading])
+
+    def _chunk(self, reading: Sequence[tuple[int, Sequence[int]]]) -> Chunk:
+        """One, two, four ... rows: few shapes, and little filling."""
+        rows = 1 << (len(reading) - 1).bit_length()
+        ids_DC = np.zeros((rows, COLUMNS), np.int64)
+        length_D, slot_D = np.zeros((2, rows), np.int64)
+        for row, (slot, ids) in enumerate(reading):
+            ids_DC[row, : len(ids)], length_D[row], slot_D[row] = ids, len(ids), slot
+        device = self._model.device
+        return Chunk(*(torch.from_numpy(x).to(device) for x in (ids_DC, length_D, slot_D)))
+
+    def release(self, slots: Sequence[int]) -> None:
+        """Empty these slots."""
+        self._cache.release(torch.tensor(slots, device=self._model.device))
+        for slot in slots:
+            self._held[slot] = 0
+
+    def share(self, source: int, targets: Sequence[int]) -> None:
+        """Make the targets what the source slot is."""
+        self._copy(self._cache, [source] * len(targets), self._cache, targets)
+        for target in targets:
+            self._held[target] = self._held[source]
+
+    def shelve(self, slot: int) -> None:
+        """Keep what the slot is, in the place of what was kept before."""
+        self._copy(self._cache, [slot], self._shelf, [0])
+        self._held_on_shelf = self._held[slot]
+
+    def unshelve(self, slots: Sequence[int]) -> None:
+        """Make these slots what was kept."""
+        self._copy(self._shelf, [0] * len(slots), self._cache, slots)
+        for slot in slots:
+            self._held[slot] = self._held_on_shelf
+
+    def _copy(
+        self, source: V4Cache, sources: Sequence[int], target: V4Cache, targets: Sequence[int]
+    ) -> None:
+        target.reserve(source.capacity)
+        source.reserve(target.capacity)
+        device = self._model.device
+        at, to = (torch.tensor(list(x), device=device) for x in (sources, targets))
+        target.copy_slots(at, to, of=source)
+
+    def _new_cache(self, num_slots: int) -> V4Cache:
+        like = self._model.lm_head.weight
+        return V4Cache(self._model.config, num_slots, like=like, num_spare=self._num_spare)
+
+
+def _routes(tape: RouteTape | None, counts: Sequence[int]) -> list[Any]:
+    if tape is None:
+        return []
+    expert_TLk = tape.choices.expert_LTk.transpose(0, 1).to(torch.int16).cpu().numpy()
+    return np.split(expert_TLk, np.cumsum(counts)[:-1])
