@@ -98,19 +98,24 @@ def check_cluster(file: RecipeFile) -> None:
 
 def check_checkpoints(file: RecipeFile) -> None:
     """The base and the teachers are there, and map every token to the same id."""
-    base, teachers = file.recipe.base, file.recipe.teachers
+    base = file.recipe.base
+    teachers = [
+        (domain, path)
+        for domain in file.recipe.teachers
+        for path in file.recipe.teacher_folders(domain).values()
+    ]
     if base.hub:
         with naming(file, ("base", "hub")):
             check_on_hub("model", base.hub, base.revision)
     if base.path:
         with naming(file, ("base", "path")):
             check_folder(file.folder / base.path)
-    for name, path in teachers.items():
+    for name, path in teachers:
         with naming(file, ("teachers", name)):
             check_folder(file.folder / path)
     if teachers and not base.hub:
         student = student_tokenizer(file)
-        for name, path in teachers.items():
+        for name, path in teachers:
             with naming(file, ("teachers", name)):
                 from posttrain.tokenizer import check_same_tokens
 

@@ -13,7 +13,7 @@ from typing import Any, Literal, Self, cast
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from distill.config import DistillConfig
+from distill.config import DistillConfig, check_weights
 from posttrain.config import Config, Effort
 from posttrain.domains import DomainSpec
 from posttrain.evaluate_config import EvaluateConfig
@@ -49,6 +49,15 @@ def overlaid(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, An
         if isinstance(value, Mapping) and isinstance(below.get(key), Mapping)
     }
     return {**below, **above, **both}
+
+
+def _numbered(mixture: Mapping[str, float]) -> list[tuple[int, tuple[str, float]]]:
+    return list(enumerate(mixture.items(), start=1))
+
+
+def _role(domain: str, number: int, name: str) -> str:
+    is_stage = name == "base" or name.startswith("specialist/")
+    return name if is_stage else f"teacher/{domain}.{number}"
 
 
 class BaseConfig(Config):
@@ -178,8 +187,9 @@ class Recipe(Config):
     """The checkpoint everything starts from."""
     domains: dict[str, DomainConfig] = Field(min_length=1)
     """What is to be learned, by name."""
-    teachers: dict[str, str] = {}
-    """Checkpoint folders that teach a domain in place of its own specialist."""
+    teachers: dict[str, str | dict[str, float]] = {}
+    """Who teaches a domain in place of its own specialist: a checkpoint's folder, or several
+    teachers with their weights, each a folder, `specialist/<domain>` or `base`."""
     distill: DistillConfig | None = None
     """On-policy distillation of all teachers into one student; null: none."""
     ablations: dict[str, dict[str, Any]] = {}
@@ -269,6 +279,24 @@ class Recipe(Config):
         return self
 
     @model_validator(mode="after")
+    def mixtures_name_teachers(self) -> Self:
+        trained = [f"specialist/{n}" for n, d in self.specialists().items() if d.is_trained]
+        for domain, mixture in self.teachers.items():
+            if isinstance(mixture, str):
+                continue
+            try:
+                check_weights(mixture, of=f"the teachers of {domain}")
+            except ValueError as error:
+                raise FieldError(f"teachers.{domain}", str(error)) from None
+            for name in mixture:
+                if name.startswith("specialist/") and name not in trained:
+                    raise FieldError(
+                        f"teachers.{domain}",
+                        f"{name} is no specialist of this recipe: they are {', '.join(trained)}",
+                    )
+        return self
+
+    @model_validator(mode="after")
     def baselines_can_be_made(self) -> Self:
         if "mixed" in self.baselines and not (self.mixed and (self.mixed.sft or self.mixed.grpo)):
             raise FieldError(
@@ -328,6 +356,24 @@ class Recipe(Config):
         assert self.distill is not None
         below = self.distill.model_dump(exclude_unset=True)
         return DistillConfig.model_validate(overlaid(below, self.ablations[name]))
+
+    def mixture(self, domain: str) -> dict[str, float]:
+        """A domain's teachers and their weights, by what they are to a stage: `specialist/code`,
+        `base`, or a folder's `teacher/code`, of several `teacher/code.1` and so on."""
+        given = self.teachers.get(domain)
+        if given is None:
+            return {f"specialist/{domain}": 1.0}
+        if isinstance(given, str):
+            return {f"teacher/{domain}": 1.0}
+        return {_role(domain, i, name): weight for i, (name, weight) in _numbered(given)}
+
+    def teacher_folders(self, domain: str) -> dict[str, str]:
+        """The folders among a domain's teachers, by the same names."""
+        given = self.teachers.get(domain, {})
+        if isinstance(given, str):
+            return {f"teacher/{domain}": given}
+        roles = {_role(domain, i, name): name for i, (name, _) in _numbered(given)}
+        return {role: name for role, name in roles.items() if role != name}
 
     def specialists(self) -> dict[str, DomainConfig]:
         """The domains with one entry per effort: `mathematics`, or `mathematics@none`, `@high`."""

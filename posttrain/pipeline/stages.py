@@ -115,8 +115,10 @@ class _Builder:
         self._add_base()
         for name, domain in self.domains.items():
             self._add_specialist(name, domain)
-        for name in self.recipe.teachers:
-            self._add_teacher(name)
+        for domain in self.recipe.teachers:
+            for stage, path in self.recipe.teacher_folders(domain).items():
+                self._add_existing(stage, ExistingStage(path=path))
+                self.checkpoints[stage] = stage
         self._add_merges()
         for name, distill in self.recipe.distillations().items():
             self._add_opd(name, distill)
@@ -201,11 +203,6 @@ class _Builder:
         config = GrpoStage(domains=specs, grpo=grpo)
         return self._add(name, "specialists.grpo:work", config, {"start": start}, domains=specs)
 
-    def _add_teacher(self, name: str) -> None:
-        stage = f"teacher/{name}"
-        self._add_existing(stage, ExistingStage(path=self.recipe.teachers[name]))
-        self.checkpoints[stage] = stage
-
     def _add_merges(self) -> None:
         starts = {distill.start for distill in self.recipe.distillations().values()}
         wanted = {*self.recipe.baselines, *starts}
@@ -220,11 +217,12 @@ class _Builder:
                 self.checkpoints[name] = name
 
     def _add_opd(self, name: str, distill: DistillConfig) -> None:
-        teachers: dict[str, str | dict[str, float]] = {
-            domain: ("teacher/" if domain in self.recipe.teachers else "specialist/") + domain
-            for domain in self.domains
-        }
-        inputs = {str(role): self.checkpoints[str(role)] for role in teachers.values()}
+        teachers: dict[str, str | dict[str, float]] = {}
+        inputs: dict[str, str] = {}
+        for domain in self.domains:
+            mixture = self.recipe.mixture(domain)
+            teachers[domain] = mixture if len(mixture) > 1 else next(iter(mixture))
+            inputs |= {role: self.checkpoints[role] for role in mixture}
         inputs[distill.start] = self.checkpoints[distill.start]
         if distill.kl_to_base:
             inputs["base"] = self.checkpoints["base"]
@@ -281,7 +279,9 @@ class _Builder:
         for name in [stage.name for stage in self.stages]:
             inputs[name if name.startswith("evaluate/") else f"metrics/{name}"] = name
         oracle = {name: "base" for name in self.domains if name not in self.specialists}
-        oracle |= {name: f"teacher/{name}" for name in self.recipe.teachers}
+        for domain in self.recipe.teachers:  # of several the heaviest answers for the oracle
+            mixture = self.recipe.mixture(domain)
+            oracle[domain] = max(mixture, key=mixture.__getitem__)
         content = {
             "name": self.recipe.name,
             "recipe": recipe_yaml(self.recipe),

@@ -203,6 +203,24 @@ def test_a_domain_may_lack_stages_and_have_a_teacher_from_elsewhere(folder: Path
     assert not {"base", "sft/sums", "ties"} & moved
 
 
+def test_a_domain_may_have_several_teachers(folder: Path) -> None:
+    (folder / "elder").mkdir()
+    (folder / "elder" / "model.safetensors").write_bytes(b"1")
+    mixture = {"specialist/words": 1, "elder": 3, "base": 0.5}
+    content = {**copy.deepcopy(CONTENT), "teachers": {"words": mixture}}
+    stages = stages_of(content, folder)
+    assert stages["opd"].config.model_dump()["teachers"] == {
+        "words": {"specialist/words": 1, "teacher/words.2": 3, "base": 0.5},
+        "sums": "specialist/sums",
+    }
+    assert stages["opd"].inputs["teacher/words.2"] == "teacher/words.2"
+    assert "evaluate/teacher/words.2" in stages
+    assert stages["report"].config.model_dump()["oracle"] == {"words": "teacher/words.2"}
+    for wrong, found in (({"specialist/nobody": 1}, "no specialist"), ({"base": 0}, "above 0")):
+        with pytest.raises(ValidationError, match=found):
+            stages_of({**content, "teachers": {"words": wrong}}, folder)
+
+
 def test_the_report_compares_as_the_recipe_says(folder: Path) -> None:
     content = {**CONTENT, "evaluate": {"num_resamples": 500, "seed": 7}}
     config = stages_of(content, folder)["report"].config
