@@ -109,7 +109,7 @@ class Engine:
             return ended + batch.ended()
 
     def update(
-        self, version: int, apply: Callable[[], None] | None = None, *, rereads: bool = False
+        self, version: int, apply: Callable[[], object] | None = None, *, rereads: bool = False
     ) -> None:
         """Other weights, from the next token on; may be called within a run, from any thread.
 

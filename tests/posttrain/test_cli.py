@@ -13,6 +13,7 @@ import torch
 from posttrain.backbone import V4ForCausalLM, preset_config
 from posttrain.checkpoints import save_checkpoint
 from posttrain.generate import Telling, generate
+from posttrain.rollout.types import Request
 from posttrain.tokenizer import EOS, SPECIAL_TOKENS, build_tokenizer, encode_plain
 
 
@@ -104,9 +105,9 @@ def test_the_streamed_pieces_are_the_answer(checkpoint: Path) -> None:
     tokenizer = build_tokenizer()
     ids = encode_plain(tokenizer, "héé ｜ ok")
     pieces: list[str] = []
-    tell = Telling(tokenizer, pieces.append)
+    tell, request = Telling(tokenizer, pieces.append), Request("streamed", ids[:1])
     for end in range(1, len(ids) + 1):
-        tell(ids[:end])
-    tell([*ids, SPECIAL_TOKENS.index(EOS)])
+        tell(request, ids[:end])
+    tell(request, [*ids, SPECIAL_TOKENS.index(EOS)])
     assert "".join(pieces) == "héé ｜ ok"
     assert all("\N{REPLACEMENT CHARACTER}" not in piece for piece in pieces)

@@ -3,6 +3,7 @@
 import json
 import pickle
 from collections.abc import Iterator
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,7 @@ def rollout_of(task: Task, row: Row, turns: list[dict[str, Any]]) -> Rollout:
         own = own_turn(turn)
         response, is_own = response + own, is_own + [True] * len(own)
         said = request.continue_turn(own) if request.continue_turn else None
+        assert not isinstance(said, Future)
         if said is None:
             break
         response, is_own = response + said, is_own + [False] * len(said)
@@ -147,7 +149,7 @@ def test_tools_answer_calls_and_only_calls(task: Task) -> None:
     said = request.continue_turn(own_turn(call("get", key=key_of(row))))
     value = row.fields["table"][key_of(row)]
     expected = f"<｜User｜><tool_result>{value}</tool_result><｜Assistant｜></think>"
-    assert said is not None
+    assert isinstance(said, list)
     assert TOKENIZER.decode(said) == expected
     assert request.continue_turn(own_turn(call("get", key=key_of(row)))) == said  # no memory
     assert request.continue_turn(own_turn({"role": "assistant", "content": "37"})) is None

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from posttrain.pipeline import source
 from posttrain.pipeline.plan import plan

@@ -73,7 +73,7 @@ def test_a_tool_speaks_to_another_model_too() -> None:
 
 
 def test_layers_that_do_not_keep_the_whole_past_are_refused() -> None:
-    config = MistralConfig(**SIZES, sliding_window=8, layer_types=["sliding_attention"] * 2)
+    config = MistralConfig(**SIZES, sliding_window=8, layer_types=["sliding_attention"] * 2)  # pyright: ignore[reportCallIssue]  # its type leaves it out
     with pytest.raises(ValueError, match="mistral has layers of kinds"):
         run(MistralForCausalLM(config), make_requests(1))
     with pytest.raises(ValueError, match="only V4 models tell"):

@@ -89,9 +89,9 @@ def test_a_long_prompt_stalls_nobody(model: Any) -> None:
     seen: list[tuple[int, int]] = []
 
     class Watching(Batch):
-        def fed(self, live: Any, reading: Any, *rest: Any) -> Any:
+        def fed(self, live: Any, reading: Any, logits_NV: Any, routes: Any) -> Any:
             seen.append((len(list(live)), len(reading)))
-            return super().fed(live, reading, *rest)
+            return super().fed(live, reading, logits_NV, routes)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("posttrain.rollout.engine.Batch", Watching)
