@@ -100,6 +100,16 @@ class DistillConfig(Config):
     """Steps between two step checkpoints; a killed run loses at most that many."""
     num_slots: int = Field(default=64, ge=1)
     """Rollouts that are decoded side by side."""
+    num_rollout_workers: int = Field(default=0, ge=0)
+    """Processes that sample, beside the learner's, with copies of its weights; 0: the learner's own
+    process. Changes speed and memory, never the result."""
+    max_staleness: int = Field(default=0, ge=0)
+    """Versions by which the weights that sample a step may be older than those that learn it. 0:
+    the student samples, then learns. 1: step s + 1 is sampled and scored while step s is learned,
+    by the weights from before it; each more lets sampling run one step further ahead. The KL is
+    always that of the current weights. The same bits however long anything takes."""
+    rollout_timeout_s: float = Field(default=600.0, gt=0)
+    """Seconds to wait for the next few rollouts of a worker, or for it to take up new weights."""
     num_resident_teachers: int = Field(default=8, ge=1)
     """Teachers, and their heads on the learner, in memory at once, besides the next one, which is
     read meanwhile; the least recently used one makes room, LoRA specialists of one base count as

@@ -4,35 +4,32 @@ learns from the whole distribution at every token.
     prompts ──> student samples ──> teachers: last hidden states ──> reverse KL, one update
                      ^                                                      |
                      └──────────────── the student's new weights <──────────┘
-
-A teacher's rows go to it as soon as the last of them is sampled, so that it works while the other
-domains are still being sampled.
 """
 
-from collections import Counter, defaultdict
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import replace
-from itertools import groupby
+from functools import partial
 from typing import Any
 
 import torch
 
-from distill.batch import Example, ScoredExample, example_from_rollout
+from distill.asynchronous import Pipeline
 from distill.config import DistillConfig, OpdStage
 from distill.hiring import open_pool
+from distill.kept_rollouts import KeptRollouts
 from distill.ranks import hire_learners
 from distill.resume import StepCheckpoint
+from distill.rollouts import Batch, describe, read_along, requests_of
 from distill.roster import Rosters
-from distill.schedule import Schedule, Visit
+from distill.samplers import make_sampler
+from distill.schedule import Schedule
 from distill.scores import heldout_requests, sampled_scores
 from distill.teachers import Teachers
 from posttrain.checkpoints import load_model, load_tokenizer, save_checkpoint
 from posttrain.config import learning_rate_factor
-from posttrain.errors import DataError
+from posttrain.errors import CheckpointError, DataError, InsufficientResources
 from posttrain.job import Job
 from posttrain.rollout.engine import Engine
-from posttrain.rollout.types import Request, Rollout
 from posttrain.tasks import Task
 
 
@@ -51,23 +48,23 @@ def work(stage: OpdStage, job: Job) -> None:
     teachers = open_pool(stage, model, tokenizer, job)
     rosters = Rosters(stage, job.out, hire=teachers.hire)
     learner = hire_learners(stage, job, start, model, teachers)
-    engine = Engine(model, num_slots=config.num_slots, seed=job.seed)
     checkpoint = StepCheckpoint(job.out / "step.pt", learner)
     first = checkpoint.begin()
     job.metrics.rewind(first or -1)
     rosters.at(first)  # teachers that cannot teach are told before any work
-    with open_tasks(stage, tokenizer, job) as tasks:
-        schedule = make_schedule(tasks, config.prompts_per_step, job.seed)
-        score = scorer(engine, tasks, config)
+    kept = KeptRollouts(job.out / "rollouts")
+    with (
+        open_tasks(stage, tokenizer, job) as tasks,
+        make_pipeline(stage, job, model, tasks, teachers, rosters, kept, first) as pipeline,
+    ):
+        score = scorer(model, tasks, config, job.seed)
         tokens_seen = job.metrics.records()[-1]["tokens_seen"] if first else 0
         if not first and (scores := score(0)):
             job.metrics.log(0, config.num_steps, tokens_seen=0, **scores)
+        pipeline.publish(first)
         for step in range(first, config.num_steps):
-            now, version = rosters.at(step)
-            engine.version = step
-            visits = [visit for visit in schedule.visits(step) if visit.domain in now.teachers]
-            requests = requests_of(visits, tasks, config.temperature)
-            rollouts, rows = sample_and_score(engine, requests, now.mixtures, teachers)
+            batch, now, version = pipeline.take(step)
+            rows = batch.rows()
             learner.weigh(now.shares)
             rate = learning_rate_factor(step, num_steps=config.num_steps, config=config.optimizer)
             learned = learner.step(rows, learning_rate_factor=rate) if rows else {}
@@ -75,15 +72,68 @@ def work(stage: OpdStage, job: Job) -> None:
             checkpoint.heed_guard()
             tokens_seen += sum(len(row.example.positions) for row in rows)
             numbers = {name: float(value) for name, value in learned.items()}
-            numbers |= describe(rollouts, num_skipped=len(rollouts) - len(rows))
+            num_skipped = len(batch.rollouts) - len(rows)
+            numbers |= describe(batch.rollouts, version=step, num_skipped=num_skipped)
             numbers |= {"tokens_seen": tokens_seen, "roster": version, **score(step + 1)}
             job.metrics.log(step + 1, config.num_steps, **numbers)
+            pipeline.publish(step + 1)
             if (step + 1) % config.checkpoint_every == 0:
-                checkpoint.save(step + 1)
+                pipeline.wait()
+                if checkpoint.save(step + 1):
+                    kept.drop_before(step + 1)
     teachers.close()
     learner.close()
     save_checkpoint(model, tokenizer, job.out / "checkpoint")
     checkpoint.delete()
+    kept.close()
+
+
+def make_pipeline(
+    stage: OpdStage,
+    job: Job,
+    model: Any,
+    tasks: Mapping[str, Task],
+    teachers: Teachers,
+    rosters: Rosters,
+    kept: KeptRollouts,
+    first: int,
+) -> Pipeline[tuple[Batch, OpdStage, int]]:
+    """Makes the batches: samples what is not kept and lets the teachers read along; with each the
+    stage as it was when the batch was planned, and its roster's version."""
+    config = stage.distill
+    if config.max_staleness and config.teacher_dtype != "float32" and job.place is None:
+        # transformers sets torch's default dtype, which threads share, while it loads a teacher
+        raise InsufficientResources(
+            f"distill.max_staleness is {config.max_staleness} and teacher_dtype is "
+            f"{config.teacher_dtype}, which needs teachers in a process of their own: raise "
+            "cluster.num_workers to 2, or set max_staleness to 0 or teacher_dtype to float32"
+        )
+    schedule = make_schedule(tasks, config.prompts_per_step, job.seed)
+    sampler = make_sampler(config, job, model, str(job.inputs[config.start] / "checkpoint"))
+
+    def plan(step: int, version: int) -> Callable[[], tuple[Batch, OpdStage, int]]:
+        now, roster = rosters.at(step)
+        read = partial(read_along, mixtures=now.mixtures, teachers=teachers, step=step)
+        if (found := kept.find(step)) is not None:
+            rollouts = [rollout for rollout in found if rollout.domain in now.teachers]
+            return lambda: (read(rollouts, rollouts), now, roster)
+        if version != max(step - config.max_staleness, 0):
+            raise CheckpointError(
+                f"the rollouts of step {step} are gone from {job.out}, and so are the weights "
+                "that sampled them: delete that folder to distil anew"
+            )
+        visits = [visit for visit in schedule.visits(step) if visit.domain in now.teachers]
+        requests = requests_of(visits, tasks, config.temperature)
+        sample = sampler.at(version)
+
+        def make() -> tuple[Batch, OpdStage, int]:
+            batch = read(sample(requests), requests)
+            kept.put(step, batch.rollouts)
+            return batch, now, roster
+
+        return make
+
+    return Pipeline(plan, first=first, num_steps=config.num_steps, depth=config.max_staleness)
 
 
 @contextmanager
@@ -99,7 +149,7 @@ def open_tasks(stage: OpdStage, tokenizer: Any, job: Job) -> Generator[dict[str,
 
 
 def scorer(
-    engine: Engine, tasks: Mapping[str, Task], config: DistillConfig
+    model: Any, tasks: Mapping[str, Task], config: DistillConfig, seed: int
 ) -> Callable[[int], dict[str, float]]:
     """Given how many steps are done, the student's scores where they are due, else nothing."""
     if not config.evaluate_every:
@@ -107,6 +157,8 @@ def scorer(
     requests = heldout_requests(
         tasks, num_prompts=config.evaluate_prompts, num_samples=config.evaluate_samples
     )
+
+    engine = Engine(model, num_slots=config.num_slots, seed=seed)
 
     def score(step: int) -> dict[str, float]:
         is_due = step % config.evaluate_every == 0 or step == config.num_steps
@@ -125,64 +177,3 @@ def make_schedule(tasks: Mapping[str, Task], prompts_per_step: int, seed: int) -
             "lower heldout_share"
         )
     return Schedule(num_rows, prompts_per_step, seed)
-
-
-def requests_of(
-    visits: Iterable[Visit], tasks: Mapping[str, Task], temperature: float
-) -> list[Request]:
-    """One request per visit; a prompt's earlier visits give it its sample number."""
-    requests: list[Request] = []
-    for (domain, epoch), group in groupby(visits, key=lambda visit: (visit.domain, visit.epoch)):
-        task = tasks[domain]
-        rows = [task.train[visit.row] for visit in group]
-        requests += task.requests(rows, sample=epoch, temperature=temperature)
-    return requests
-
-
-def sample_and_score(
-    engine: Engine,
-    requests: Sequence[Request],
-    mixtures: Mapping[str, Mapping[str, float]],
-    teachers: Teachers,
-) -> tuple[list[Rollout], list[ScoredExample]]:
-    """All rollouts, and those with an own token as their teachers see them, in an order that does
-    not depend on which finished first; `mixtures` gives each domain its weighted teachers."""
-    names_of = {domain: " + ".join(sorted(mixture)) for domain, mixture in mixtures.items()}
-    left = Counter(names_of[request.domain] for request in requests)
-    rollouts: dict[str, list[Rollout]] = defaultdict(list)
-    answers: dict[str, Callable[[], list[ScoredExample]]] = {}
-    for rollout in engine.run(requests):
-        names = names_of[rollout.domain]
-        rollouts[names].append(replace(rollout, teacher=names))
-        left[names] -= 1
-        if left[names] == 0:
-            rollouts[names].sort(key=lambda r: (r.domain, r.prompt_id, r.sample))
-            coming = [mixtures[domain] for domain in sorted(mixtures) if left[names_of[domain]] > 0]
-            then = min(coming[0]) if coming else None
-            answers[names] = teachers.ask(examples_of(rollouts[names], mixtures), then=then)
-    return (
-        [rollout for names in sorted(rollouts) for rollout in rollouts[names]],
-        [row for names in sorted(answers) for row in answers[names]()],
-    )
-
-
-def examples_of(
-    rollouts: Iterable[Rollout], mixtures: Mapping[str, Mapping[str, float]]
-) -> list[Example]:
-    """What there is to learn; rollouts without an own token are left out."""
-    examples = (example_from_rollout(r, teachers=mixtures[r.domain]) for r in rollouts)
-    return [example for example in examples if example is not None]
-
-
-def describe(rollouts: Sequence[Rollout], *, num_skipped: int) -> dict[str, float]:
-    """`length/<domain>`: mean own tokens; `truncated/<domain>`: share cut at max_new_tokens;
-    `skipped`: rollouts without an own token."""
-    numbers: dict[str, float] = {"skipped": num_skipped}
-    by_domain: dict[str, list[Rollout]] = defaultdict(list)
-    for rollout in rollouts:
-        by_domain[rollout.domain].append(rollout)
-    for domain, group in by_domain.items():
-        numbers[f"length/{domain}"] = sum(sum(r.is_own) for r in group) / len(group)
-        is_cut = [r.finish_reason == "length" for r in group]
-        numbers[f"truncated/{domain}"] = sum(is_cut) / len(group)
-    return numbers

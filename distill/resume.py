@@ -31,15 +31,16 @@ class StepCheckpoint:
         torch.set_rng_state(state["rng"])
         return state["step"]
 
-    def save(self, step: int) -> None:
-        """The state after `step` steps; none after a skipped one, since weights that give a bad
-        gradient are nothing to go back to."""
+    def save(self, step: int) -> bool:
+        """The state after `step` steps; False, and nothing, after a skipped one, since weights that
+        give a bad gradient are nothing to go back to."""
         if self._learner.guard.verdict == "skip":
-            return
+            return False
         partial = self._path.with_name(self._path.name + ".tmp")
         state = {"step": step, "rng": torch.get_rng_state(), **self._learner.state()}
         torch.save(state, partial)
         partial.replace(self._path)
+        return True
 
     def heed_guard(self) -> None:
         """After a step: go back where the guard says so, to go on with the next step's prompts. A

@@ -10,6 +10,7 @@ from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Generic, Literal, TypeVar
 
 import numpy as np
@@ -166,6 +167,9 @@ class Teachers:
         self._rows_per_batch = rows_per_batch
         self._timeout_s = timeout_s
         self._loader = Loader(dtype=torch.float32, device="cpu")
+        self._lock = Lock()
+        """Over the store: rows are asked for on one thread while others are freed on another."""
+
         self.head: Recent[Head] = Recent(self._read_head, capacity=num_heads)
 
     def hire(self, names: Iterable[str]) -> None:
@@ -180,14 +184,16 @@ class Teachers:
         return {name: teacher.folder for name, teacher in self._teachers.items()}
 
     def ask(
-        self, examples: Sequence[Example], *, then: str | None = None
+        self, examples: Sequence[Example], *, step: int = 0, then: str | None = None
     ) -> Callable[[], list[ScoredExample]]:
-        """Send rows to their teachers now, but for those that were scored before; call the answer
-        to wait. `then` names the teacher that will be asked next, so that it is read meanwhile."""
+        """Send a step's rows to their teachers now, but for those that were scored before; call the
+        answer to wait. Another step's rows are others, equal or not: their bits depend on the rows
+        beside them. `then` names the teacher that will be asked next, so that it is read meanwhile.
+        """
         rows: dict[str, dict[str, Row]] = defaultdict(dict)
         for example in examples:
             for name in example.teacher_names:
-                row = self._row(name, example)
+                row = self._row(name, example, step)
                 rows[name][row.path] = row
         batches = {name: self._missing(rows[name].values()) for name in sorted(rows)}
         dealt = [
@@ -206,7 +212,7 @@ class Teachers:
             for reading, future in zip(readings, futures, strict=True):
                 self._file(reading, future.result(self._timeout_s))
             return [
-                ScoredExample(e, {name: self._found(name, e) for name in e.teacher_names})
+                ScoredExample(e, {name: self._found(name, e, step) for name in e.teacher_names})
                 for e in examples
             ]
 
@@ -214,22 +220,24 @@ class Teachers:
 
     def free(self, rows: Iterable[ScoredExample]) -> None:
         """The learner is done with these: their hidden states are deleted."""
-        self._store.free(
-            {self._key(name, row.example) for row in rows for name in row.example.teacher_names}
-        )
+        found = [hidden for row in rows for hidden in row.teacher_hidden.values()]
+        keys = {Path(hidden.path).name for hidden in found if isinstance(hidden, HiddenRow)}
+        with self._lock:
+            self._store.free(keys)
 
     def close(self) -> None:
         """The run is over: nothing of it is left in memory or on disk."""
         self._store.close()
 
-    def _key(self, name: str, example: Example) -> str:
-        identity = self._teachers[name].identity
-        return row_key(identity, example.input_ids, example.positions)
+    def _key(self, name: str, example: Example, step: int) -> str:
+        maker = f"{self._teachers[name].identity} {step}"
+        return row_key(maker, example.input_ids, example.positions)
 
-    def _row(self, name: str, example: Example) -> Row:
+    def _row(self, name: str, example: Example, step: int) -> Row:
         teacher = self._teachers[name]
         num_bytes = len(example.positions) * teacher.hidden_size * teacher.itemsize
-        path = self._store.place(self._key(name, example), num_bytes)
+        with self._lock:
+            path = self._store.place(self._key(name, example, step), num_bytes)
         return Row(example.input_ids, example.positions, str(path))
 
     def _missing(self, rows: Iterable[Row]) -> list[list[Row]]:
@@ -246,10 +254,11 @@ class Teachers:
             rows = [row for batch in reading.batches for row in batch]
             for row, array in zip(rows, arrays, strict=True):
                 if array is not None:
-                    self._store.put(Path(row.path).name, from_wire(array))
+                    with self._lock:
+                        self._store.put(Path(row.path).name, from_wire(array))
 
-    def _found(self, name: str, example: Example) -> HiddenRow:
-        found = self._store.find(self._key(name, example))
+    def _found(self, name: str, example: Example, step: int) -> HiddenRow:
+        found = self._store.find(self._key(name, example, step))
         assert found is not None, f"{name} answered without a row"
         return found
 

@@ -32,9 +32,15 @@ class Toolbox:
 
     def __init__(self, tools: Sequence[ToolConfig], folder: Path) -> None:
         """Import the tools. Raises RecipeError where one cannot be."""
+        self._made_of = list(tools), folder
         self._tools = {tool.name: _Bound.load(tool, folder) for tool in tools}
         self.failures = Failures()
         """How many calls of a tool failed, by kind: raised, timeout."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """To another process the tools go by name: they are imported there, and what fails there
+        is counted there."""
+        return type(self), self._made_of
 
     def __bool__(self) -> bool:
         return bool(self._tools)

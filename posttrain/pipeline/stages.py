@@ -236,7 +236,10 @@ class _Builder:
             config,
             inputs,
             domains=specs,
-            num_helpers=distill.num_teacher_workers + distill.learners.num_ranks - 1,
+            num_helpers=distill.num_teacher_workers
+            + distill.num_rollout_workers
+            + distill.learners.num_ranks
+            - 1,
         )
 
     def _add_mixed(self) -> None:

@@ -1,7 +1,10 @@
 """Whole distillations at the smallest size: they learn, and go on from a kill to the same bits."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,13 +17,21 @@ from torch import nn
 from distill.batch import Example, ScoredExample
 from distill.config import OpdStage
 from distill.mesh import Mesh
-from distill.opd import sample_and_score, work
+from distill.opd import work
+from distill.rollouts import read_along
+from distill.roster import EDITED, RECORDED
 from posttrain.checkpoints import load_model, load_tokenizer, save_checkpoint
-from posttrain.errors import CheckpointError, StageError, TokenizerMismatch
+from posttrain.errors import (
+    CheckpointError,
+    InsufficientResources,
+    StageError,
+    TokenizerMismatch,
+)
 from posttrain.job import Job
 from posttrain.metrics import Metrics
 from posttrain.rollout.types import Request, Rollout
 
+HOME = Path(__file__).resolve().parents[2]
 DOMAINS: tuple[str, ...] = ("mathematics", "code")
 DOMAIN_TEACHERS = [f"specialist/{domain}" for domain in DOMAINS]
 
@@ -90,18 +101,67 @@ class KilledAt(Metrics):
         super().log(step, total, **values)
 
 
-def test_a_killed_run_goes_on_to_the_same_bits(make_job: Callable[[str], Job]) -> None:
+@pytest.mark.parametrize("schedule", [{}, {"max_staleness": 1}, {"max_staleness": 2}])
+def test_a_killed_run_goes_on_to_the_same_bits(
+    make_job: Callable[[str], Job], schedule: dict[str, Any]
+) -> None:
     straight, killed = make_job("straight"), make_job("killed")
-    work(stage(), straight)
+    work(stage(**schedule), straight)
     for step in (1, 4):  # before the first step checkpoint, and between two
+        metrics = KilledAt(killed.metrics.path, step=step)
         with pytest.raises(KeyboardInterrupt):
-            work(stage(), replace(killed, metrics=KilledAt(killed.metrics.path, step=step)))
+            work(stage(**schedule), replace(killed, metrics=metrics))
     resumed = replace(killed, metrics=Metrics(killed.metrics.path, stage="opd"))
-    work(stage(), resumed)
+    work(stage(**schedule), resumed)
     wanted = weights(straight)
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in weights(killed).items())
     assert without_time(resumed) == without_time(straight)
-    assert not (killed.out / "step.pt").exists()
+    left = {path.name for path in killed.out.iterdir()}
+    assert left == {"checkpoint", "metrics.jsonl", "teachers.json", EDITED, RECORDED}
+
+
+@pytest.mark.parametrize("depth", [0, 2])
+def test_a_step_learns_from_weights_that_many_versions_old(
+    make_job: Callable[[str], Job], depth: int
+) -> None:
+    job = make_job("stale")
+    work(stage(max_staleness=depth), job)
+    assert [r["staleness"] for r in job.metrics.records()] == [min(s, depth) for s in range(4)]
+
+
+def test_workers_with_copies_of_the_weights_change_no_bit(make_job: Callable[[str], Job]) -> None:
+    one, other = make_job("colocated"), make_job("separate")
+    work(stage(num_steps=3), one)
+    work(stage(num_steps=3, num_rollout_workers=1), other)
+    wanted = weights(one)
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in weights(other).items())
+    assert without_time(one) == without_time(other)
+
+
+@pytest.mark.ray
+def test_roles_in_processes_of_their_own_change_no_bit(make_job: Callable[[str], Job]) -> None:
+    schedules: list[dict[str, Any]] = [{}, {"max_staleness": 1}]
+    here = [make_job(f"here{i}") for i in range(2)]
+    apart = [make_job(f"apart{i}") for i in range(2)]
+    for job, schedule in zip(here, schedules, strict=True):
+        work(stage(num_steps=3, **schedule), job)
+    told = [
+        {
+            "stage": stage(num_steps=3, num_rollout_workers=1, **schedule).model_dump(mode="json"),
+            "out": str(job.out),
+            "inputs": {role: str(path) for role, path in job.inputs.items()},
+            "folder": str(job.folder),
+            "num_places": 2,
+        }
+        for job, schedule in zip(apart, schedules, strict=True)
+    ]
+    script = Path(__file__).with_name("apart.py")
+    here_first = {**os.environ, "PYTHONPATH": str(HOME)}
+    subprocess.run([sys.executable, str(script), json.dumps(told)], check=True, env=here_first)
+    for one, other in zip(here, apart, strict=True):
+        wanted = weights(one)
+        assert all(torch.equal(tensor, wanted[name]) for name, tensor in weights(other).items())
+        assert without_time(one) == without_time(other)
 
 
 def test_a_run_that_was_killed_after_its_last_save_does_nothing(
@@ -302,7 +362,7 @@ class Echo:
             yield Rollout(r.prompt_id, r.domain, 0, r.prompt, [7], [True], [0.0])
 
     def ask(
-        self, examples: list[Example], *, then: str | None
+        self, examples: list[Example], *, step: int, then: str | None
     ) -> Callable[[], list[ScoredExample]]:
         return lambda: [
             ScoredExample(e, {name: torch.zeros(1, 2) for name in e.teachers}) for e in examples
@@ -314,7 +374,15 @@ def test_a_rollout_names_the_teacher_that_read_it() -> None:
     teacher_of = {"mathematics": "specialist/mathematics", "code": "elsewhere"}
     echo: Any = Echo()
     mixtures = {domain: {name: 1.0} for domain, name in teacher_of.items()}
-    rollouts, rows = sample_and_score(echo, requests, mixtures, echo)
-    assert len(rollouts) == 4
-    assert all(rollout.teacher == teacher_of[rollout.domain] for rollout in rollouts)
-    assert [[*row.example.teachers] for row in rows] == [[r.teacher] for r in rollouts]
+    batch = read_along(echo.run(requests), requests, mixtures, echo, step=0)
+    assert len(batch.rollouts) == 4
+    assert all(rollout.teacher == teacher_of[rollout.domain] for rollout in batch.rollouts)
+    names = [[*row.example.teachers] for row in batch.rows()]
+    assert names == [[rollout.teacher] for rollout in batch.rollouts]
+
+
+def test_narrow_teachers_beside_a_learner_that_samples_ahead_are_refused(
+    make_job: Callable[[str], Job],
+) -> None:
+    with pytest.raises(InsufficientResources, match=r"raise cluster\.num_workers to 2"):
+        work(stage(max_staleness=1, teacher_dtype="bfloat16"), make_job("refused"))

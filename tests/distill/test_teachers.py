@@ -315,6 +315,19 @@ def test_freed_rows_leave_the_store_and_stay_with_who_reads_them(
     assert torch.equal(held, value)
 
 
+def test_two_steps_that_read_the_same_rows_free_them_one_by_one(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    asked = make_teachers(folders, HiddenStore(tmp_path / "hidden", memory_bytes=0))
+    first, second = (asked.ask(examples(), step=step)() for step in (4, 5))
+    asked.free(first)
+    assert len(second) == len(first)
+    assert {file_of(row) for row in second} <= {
+        path.name for path in (tmp_path / "hidden").iterdir()
+    }
+    assert not {file_of(row) for row in first} & {file_of(row) for row in second}
+
+
 def test_a_teacher_that_cannot_be_loaded_is_an_error_of_the_answer(tmp_path: Path) -> None:
     store = HiddenStore(tmp_path / "hidden", memory_bytes=0)
     asked = make_teachers({"t": tmp_path / "none"}, store)

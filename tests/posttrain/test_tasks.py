@@ -1,7 +1,10 @@
 """A task's prompts, tools, rewards and transcripts fit together, from the model's own ids alone."""
 
 import json
+import os
 import pickle
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import replace
@@ -313,6 +316,29 @@ def test_a_request_can_travel(folder: Path) -> None:
     own = own_turn(task.train[0].response[0] if task.train[0].response else {})
     assert request.continue_turn is not None
     assert other.continue_turn(own) == request.continue_turn(own)
+
+
+def test_a_users_tools_travel_to_a_process_that_never_saw_their_folder(
+    task: Task, tmp_path: Path
+) -> None:
+    row = task.train[0]
+    (request,) = task.requests([row])
+    assert request.continue_turn is not None
+    own = own_turn(call("get", key=key_of(row)))
+    (tmp_path / "request.pickle").write_bytes(pickle.dumps(request))
+    code = (
+        "import pickle, sys\n"
+        "request = pickle.load(open(sys.argv[1], 'rb'))\n"
+        f"print(request.continue_turn({own!r}))"
+    )
+    told = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "request.pickle")],
+        check=True,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])},
+    )
+    assert told.stdout.strip() == str(request.continue_turn(own))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,95 @@
+"""One step's rollouts, and what their teachers read of them.
+
+A teacher's rows go to it as soon as the last of them is sampled, so that it works while the other
+domains are still being sampled.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+
+from distill.batch import Example, ScoredExample, example_from_rollout
+from distill.schedule import Visit
+from distill.teachers import Teachers
+from posttrain.rollout.types import Request, Rollout
+from posttrain.tasks import Task
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a step learns from, in an order that does not depend on which rollout finished first."""
+
+    rollouts: list[Rollout]
+    answers: Sequence[Callable[[], list[ScoredExample]]]
+    """One for each teacher or mixture of them."""
+
+    def rows(self) -> list[ScoredExample]:
+        """Those rollouts that hold an own token as their teachers see them; waits for them."""
+        return [row for answer in self.answers for row in answer()]
+
+
+def requests_of(
+    visits: Iterable[Visit], tasks: Mapping[str, Task], temperature: float
+) -> list[Request]:
+    """One request per visit; a prompt's earlier visits give it its sample number."""
+    requests: list[Request] = []
+    for (domain, epoch), group in groupby(visits, key=lambda visit: (visit.domain, visit.epoch)):
+        task = tasks[domain]
+        rows = [task.train[visit.row] for visit in group]
+        requests += task.requests(rows, sample=epoch, temperature=temperature)
+    return requests
+
+
+def read_along(
+    rollouts: Iterable[Rollout],
+    requests: Iterable[Request | Rollout],
+    mixtures: Mapping[str, Mapping[str, float]],
+    teachers: Teachers,
+    *,
+    step: int,
+) -> Batch:
+    """Ask the teachers as the rollouts of the requests come in; `mixtures` gives each domain its
+    weighted teachers."""
+    names_of = {domain: " + ".join(sorted(mixture)) for domain, mixture in mixtures.items()}
+    left = Counter(names_of[request.domain] for request in requests)
+    found: dict[str, list[Rollout]] = defaultdict(list)
+    answers: dict[str, Callable[[], list[ScoredExample]]] = {}
+    for rollout in rollouts:
+        names = names_of[rollout.domain]
+        found[names].append(replace(rollout, teacher=names))
+        left[names] -= 1
+        if left[names] == 0:
+            found[names].sort(key=lambda r: (r.domain, r.prompt_id, r.sample))
+            coming = [mixtures[domain] for domain in sorted(mixtures) if left[names_of[domain]] > 0]
+            then = min(coming[0]) if coming else None
+            examples = examples_of(found[names], mixtures)
+            answers[names] = teachers.ask(examples, step=step, then=then)
+    return Batch(
+        [rollout for names in sorted(found) for rollout in found[names]],
+        [answers[names] for names in sorted(answers)],
+    )
+
+
+def examples_of(
+    rollouts: Iterable[Rollout], mixtures: Mapping[str, Mapping[str, float]]
+) -> list[Example]:
+    """What there is to learn; rollouts without an own token are left out."""
+    examples = (example_from_rollout(r, teachers=mixtures[r.domain]) for r in rollouts)
+    return [example for example in examples if example is not None]
+
+
+def describe(rollouts: Sequence[Rollout], *, version: int, num_skipped: int) -> dict[str, float]:
+    """`length/<domain>`: mean own tokens; `truncated/<domain>`: share cut at max_new_tokens;
+    `staleness`: versions from those that sampled to the learner's `version`, a rollout's mean;
+    `skipped`: rollouts without an own token."""
+    numbers: dict[str, float] = {"skipped": num_skipped}
+    numbers["staleness"] = sum(version - r.version for r in rollouts) / max(len(rollouts), 1)
+    by_domain: dict[str, list[Rollout]] = defaultdict(list)
+    for rollout in rollouts:
+        by_domain[rollout.domain].append(rollout)
+    for domain, group in by_domain.items():
+        numbers[f"length/{domain}"] = sum(sum(r.is_own) for r in group) / len(group)
+        is_cut = [r.finish_reason == "length" for r in group]
+        numbers[f"truncated/{domain}"] = sum(is_cut) / len(group)
+    return numbers

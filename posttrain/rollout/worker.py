@@ -1,0 +1,73 @@
+"""Sampling away from the learner: an engine with weights of its own, in this process or others.
+
+learner --- weights, by version ---> workers --- rollouts, as they finish ---> learner
+"""
+
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import Any
+
+import torch
+
+from posttrain.checkpoints import load_model
+from posttrain.job import RoleHandle
+from posttrain.rollout.engine import Engine
+from posttrain.rollout.types import Request, Rollout
+from posttrain.rollout.weights import Weights, load_weights
+
+ROLLOUTS_PER_CALL = 8
+"""Rollouts that travel together: the first are on their way while the others are sampled."""
+
+
+class RolloutWorker:
+    """One engine, and the weights that it samples with: a plain class, wherever it lives."""
+
+    def __init__(
+        self, checkpoint: str, *, num_slots: int, seed: int, device: str | None = None
+    ) -> None:
+        """`checkpoint` gives the architecture; its weights are those before the first `load`. The
+        device is a GPU where there is one."""
+        model: Any = load_model(checkpoint)
+        model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self._engine = Engine(model, num_slots=num_slots, seed=seed)
+        self._rollouts: Iterator[Rollout] = iter(())
+
+    def load(self, version: int, weights: Weights) -> None:
+        """Sample with these weights from now on, under this version."""
+        load_weights(self._engine.model, weights)
+        self._engine.version = version
+
+    def start(self, requests: Sequence[Request]) -> None:
+        """Take up these requests in the place of all earlier ones."""
+        self._rollouts = self._engine.run(requests)
+
+    def take(self) -> list[Rollout]:
+        """The next few rollouts to finish; none when all have."""
+        return list(islice(self._rollouts, ROLLOUTS_PER_CALL))
+
+
+class RolloutWorkers:
+    """The learner's side of one worker or several, which share every batch of requests."""
+
+    def __init__(self, workers: Sequence[RoleHandle], *, timeout_s: float) -> None:
+        """`timeout_s` bounds the wait for a few rollouts, not for all."""
+        self._workers = list(workers)
+        self._timeout_s = timeout_s
+
+    def load(self, version: int, weights: Weights) -> None:
+        """Sample with these weights from now on."""
+        for loaded in [worker.call("load", version, weights) for worker in self._workers]:
+            loaded.result(self._timeout_s)
+
+    def run(self, requests: Sequence[Request]) -> Iterator[Rollout]:
+        """Rollouts as they finish, in any order. Requests are dealt like cards: tokens do not
+        depend on who samples them, and so every worker gets as much of each domain."""
+        num_workers = len(self._workers)
+        for i, worker in enumerate(self._workers):
+            worker.call("start", list(requests[i::num_workers])).result(self._timeout_s)
+        coming = [(worker, worker.call("take")) for worker in self._workers]
+        while coming:
+            worker, future = coming.pop(0)
+            if rollouts := future.result(self._timeout_s):
+                coming.append((worker, worker.call("take")))
+                yield from rollouts
