@@ -143,8 +143,10 @@ def run_experts(
         serving = Serving(experts.limit, rounds_inputs, rounds_weights)
         args = x_TH.to(dtype), weight_Tk, gate_up, down, expert_Tk, serving
         if not torch.is_grad_enabled():
-            # at a token a row the graph's bookkeeping would be felt
-            return served(*args) if device == "cpu" else routed(*args)[0]
+            # at a token a row the graph's bookkeeping would be felt; in training this is the first
+            # pass of a reentrant checkpoint, whose second has a gradient and the same bits
+            is_served = device == "cpu" and not getattr(experts, "training", False)
+            return served(*args) if is_served else routed(*args)[0]
         out_TH: Any = RoutedExperts.apply(*args)
     return out_TH
 

@@ -153,7 +153,9 @@ def test_evaluation_and_frozen_embeddings(model: V4ForCausalLM) -> None:
     ids, mask = draw(3, 40)
     with torch.no_grad():
         training = model(ids, attention_mask=mask).logits
-        assert torch.equal(model.eval()(ids, attention_mask=mask).logits, training)
+        served = model.eval()(ids, attention_mask=mask).logits
+    # an expert's rows are filled up to whole blocks in serving, so the last bits may differ
+    torch.testing.assert_close(served, training, atol=2e-6, rtol=0)
 
 
 def test_a_backward_under_autocast_is_that_outside() -> None:
