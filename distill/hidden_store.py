@@ -92,7 +92,9 @@ class HiddenStore:
         to it. At most half of the memory that is free is used, whatever the budget."""
         folder.mkdir(parents=True, exist_ok=True)
         self._disk = folder
-        self._memory = _claim(folder, shared_memory) if shared_memory.is_dir() else None
+        wants_memory = memory_bytes > 0 or (folder / PLACE).exists()
+        is_claimed = wants_memory and shared_memory.is_dir()
+        self._memory = _claim(folder, shared_memory) if is_claimed else None
         self._num_free = 0
         if self._memory:
             self._num_free = min(memory_bytes, shutil.disk_usage(self._memory).free // 2)

@@ -24,13 +24,16 @@ from posttrain.sharded import whole
 Strategy = Literal["ddp", "fsdp2"]
 
 
-def meet(place: Path, *, rank: int, num_ranks: int, timeout_s: float) -> None:
+def meet(
+    place: Path, *, rank: int, num_ranks: int, timeout_s: float, device: str | None = None
+) -> None:
     """Wait at the file `place`, which no earlier group may have used, for all ranks. A group that
-    an earlier stage left in this process ends."""
+    an earlier stage left in this process ends. The device is a GPU where there is one."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if dist.is_initialized():
         dist.destroy_process_group()
     dist.init_process_group(
-        "nccl" if torch.cuda.is_available() else "gloo",
+        "nccl" if device.startswith("cuda") else "gloo",
         init_method=f"file://{place}",
         rank=rank,
         world_size=num_ranks,

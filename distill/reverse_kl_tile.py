@@ -1,7 +1,7 @@
 """One tile of the reverse KL: logits, what is summed over them, and the loss's gradient there.
 
-Logits are in bits, z = z_nats log2(e): base-2 exponentials are three times as fast as natural ones
-in torch on a CPU, and what a GPU has. With u = z - max z and E = 2^u a row needs, in one sweep,
+Logits are in bits, z = z_nats log2(e): base-2 exponentials are the faster ones in torch on a CPU,
+and what a GPU has. With u = z - max z and E = 2^u a row needs, in one sweep,
 
     s = sum E,  b = sum E u,  s' and max y of the teacher's logits y,  D = z - y,  g = sum E D
 

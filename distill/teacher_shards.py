@@ -4,7 +4,6 @@ Each rank keeps its rows of every parameter and gathers one layer at a time, so 
 1/R of its size on each of R ranks, and a layer's whole size besides.
 """
 
-import datetime
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from distill.mesh import meet as meet_ranks
+
 
 def meet(place: Path, *, rank: int, num_ranks: int, device: str, timeout_s: float) -> DeviceMesh:
     """Wait at the file `place`, which no earlier group may have used, for all ranks: their mesh.
@@ -23,20 +24,12 @@ def meet(place: Path, *, rank: int, num_ranks: int, device: str, timeout_s: floa
     A process is a rank of one group; that of an earlier pool in it ends. Raises RuntimeError where
     it is a rank of something else.
     """
-    if dist.is_initialized():
-        if _Ours.mesh is None:
-            raise RuntimeError(
-                "a worker of a pool of several must be no rank of anything else, and this process "
-                "is: give the run a worker more, or set distill.num_teacher_workers to 1"
-            )
-        dist.destroy_process_group()
-    dist.init_process_group(
-        "nccl" if device.startswith("cuda") else "gloo",
-        init_method=f"file://{place}",
-        rank=rank,
-        world_size=num_ranks,
-        timeout=datetime.timedelta(seconds=timeout_s),
-    )
+    if dist.is_initialized() and _Ours.mesh is None:
+        raise RuntimeError(
+            "a worker of a pool of several must be no rank of anything else, and this process "
+            "is: give the run a worker more, or set distill.num_teacher_workers to 1"
+        )
+    meet_ranks(place, rank=rank, num_ranks=num_ranks, timeout_s=timeout_s, device=device)
     _Ours.mesh = init_device_mesh(torch.device(device).type, (num_ranks,))
     return _Ours.mesh
 

@@ -177,3 +177,14 @@ def test_the_rounding_floor_of_a_row_in_the_kl() -> None:
     assert abs(floor[torch.float64]) < 1e-14
     assert abs(floor[torch.float32]) < 1e-6
     assert 2e-6 < floor[torch.bfloat16] < 3e-5
+
+
+def test_a_store_without_a_budget_claims_no_memory_but_finds_its_own(
+    tmp_path: Path, memory: Path
+) -> None:
+    HiddenStore(tmp_path / "none", memory_bytes=0, shared_memory=memory)
+    assert list(memory.iterdir()) == []
+    HiddenStore(tmp_path / "some", memory_bytes=1 << 20, shared_memory=memory).put("a", row())
+    found = HiddenStore(tmp_path / "some", memory_bytes=0, shared_memory=memory).find("a")
+    assert found is not None
+    assert torch.equal(found.read(), row())
