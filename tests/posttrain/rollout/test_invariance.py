@@ -102,3 +102,13 @@ def test_a_long_prompt_stalls_nobody(model: Any) -> None:
 def test_rows_of_one_slot_follow_each_other_without_a_trace(model: Any) -> None:
     asked = make_requests(6, longest=50, seed=9, max_new_tokens=10)
     assert run(model, asked, 1) == run(model, asked[::-1], 1)
+
+
+def test_a_prompt_that_is_copied_is_whole(model: Any) -> None:
+    """One slot, so no other row makes the cache look as far as this prompt goes."""
+    prompt = [3 + (7 * i) % 30 for i in range(300)]
+    asked = [replace(make_requests(1)[0], prompt=prompt, sample=n) for n in range(3)]
+    alone = {}
+    for request in asked:
+        alone |= run(model, [request], 1)
+    assert run(model, asked, 1) == alone

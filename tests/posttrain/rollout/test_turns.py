@@ -144,3 +144,17 @@ def test_weights_may_change_on_the_way_and_every_token_says_under_which(rereads:
         wanted = logp.gather(1, torch.tensor(rollout.response)[:, None]).squeeze(1)[at:]
         gap = (torch.tensor(rollout.logp[at:]) - wanted).abs().max()
         assert (float(gap) < 1e-4) == rereads  # else the past is as the old weights made it
+
+
+def test_a_prompt_read_under_earlier_weights_is_read_again() -> None:
+    model, other = make_model(sharpness=3), make_model(seed=5, sharpness=3)
+    base = replace(make_requests(1, longest=30)[0], max_new_tokens=6)
+    asked = [replace(base, sample=n) for n in range(3)]
+    engine = Engine(model, num_slots=1, seed=0)
+    rollouts = engine.run(asked)
+    next(rollouts)
+    engine.update(1, lambda: model.load_state_dict(other.state_dict()))
+    found = list(rollouts)
+    wanted = run(other, asked[1:], 1)
+    assert [r.response for r in found] == [wanted[r.prompt_id, r.sample].response for r in found]
+    assert [r.logp for r in found] == [wanted[r.prompt_id, r.sample].logp for r in found]
