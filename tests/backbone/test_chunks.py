@@ -11,6 +11,7 @@ from torch import Tensor
 
 from posttrain.backbone import V4Cache
 from posttrain.backbone.chunks import Chunk, room_for, step
+from posttrain.backbone.decode_keys import attend, bias_of, whole
 from posttrain.backbone.routing import RouteTape
 
 LENGTH = 90
@@ -142,3 +143,18 @@ def test_a_chunk_that_the_rings_cannot_hold_is_refused(model: Any, ids: Tensor) 
     chunk = Chunk(ids[None, :16], torch.tensor([16]), torch.tensor([0]))
     with pytest.raises(ValueError, match=r"16 columns.*14 spare"):
         step(model, new_cache(model, 16, num_spare=14), chunk=chunk, reach=16)
+
+
+@pytest.mark.parametrize("num_seen", [100, 200, 333, 700])
+def test_keys_that_a_token_does_not_see_change_no_bit(num_seen: int) -> None:
+    """However many of them another row's length puts behind those it sees."""
+    generator = torch.Generator().manual_seed(num_seen)
+    q, sink = torch.randn(16, 4, 16, generator=generator), torch.randn(4, generator=generator)
+    keys = torch.zeros(16, 2048, 16)
+    keys[:, :num_seen] = torch.randn(16, num_seen, 16, generator=generator)
+    is_hidden = torch.arange(2048).expand(16, -1) >= num_seen
+    found = [
+        attend(q, [(keys[:, :size], bias_of(is_hidden[:, :size], q.dtype))], sink, 0.3)
+        for size in (whole(num_seen), whole(num_seen) + 16, 1024, 2048)
+    ]
+    assert all(torch.equal(x, found[0]) for x in found[1:])

@@ -1,6 +1,7 @@
 """The pipeline's laws: who samples what, that it happens meanwhile, and what it waits for."""
 
 import threading
+import time
 from collections.abc import Callable
 
 import pytest
@@ -73,6 +74,8 @@ def test_after_a_wait_no_earlier_version_is_needed() -> None:
     def plan(step: int, version: int) -> Callable[[], None]:
         def make() -> None:
             assert step < 4 or is_free.wait(WAIT_S)
+            if step == 3:
+                time.sleep(0.2)  # long enough for the learner to get ahead, were it not to wait
             made.append(step)
 
         return make

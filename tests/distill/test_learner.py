@@ -414,3 +414,23 @@ def test_models_whose_logits_are_more_than_hidden_times_head_are_refused(
     model.lm_head = torch.nn.Linear(32, VOCAB, bias=True)
     with pytest.raises(CheckpointError, match="the student changes its logits by a bias"):
         head_weight(model, name="the student")
+
+
+def test_shares_that_are_given_later_count_like_the_first(models: Models) -> None:
+    model, teachers = models()
+    wanted = Update(model, teachers, examples())
+    again, _ = models()
+    learner = Learner(
+        again,
+        descent(),
+        shares=dict.fromkeys(SHARES, 1.0),
+        head=lambda name: teachers[name].get_output_embeddings().weight,
+        temperature=0.8,
+        max_grad_norm=1e9,
+    )
+    before = {name: tensor.clone() for name, tensor in learner.weights().items()}
+    learner.weigh(SHARES)
+    learner.step(scored(examples(), teachers))
+    after = learner.weights()
+    for name, gradient in wanted.gradients.items():
+        torch.testing.assert_close(before[name] - after[name], gradient, rtol=1e-4, atol=5e-6)

@@ -381,6 +381,18 @@ def test_a_rollout_names_the_teacher_that_read_it() -> None:
     assert names == [[rollout.teacher] for rollout in batch.rollouts]
 
 
+def test_the_order_in_which_rollouts_finish_changes_no_batch() -> None:
+    requests = [Request(f"p{i}", [5, 6 + i], domain=DOMAINS[i % 2]) for i in range(8)]
+    mixtures = {domain: {"teacher": 1.0} for domain in DOMAINS}
+    echo: Any = Echo()
+    one, other = (
+        read_along(order(echo.run(requests)), requests, mixtures, echo, step=0)
+        for order in (list[Rollout], lambda rollouts: reversed(list(rollouts)))
+    )
+    assert other.rollouts == one.rollouts
+    assert [row.example for row in other.rows()] == [row.example for row in one.rows()]
+
+
 def test_narrow_teachers_beside_a_learner_that_samples_ahead_are_refused(
     make_job: Callable[[str], Job],
 ) -> None:
