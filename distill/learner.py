@@ -71,9 +71,9 @@ class Learner:
     ) -> None:
         """`make_optimizer(model)` is called once the model is where it is trained, its parameters
         in parts or not; `mesh` is this rank's, one rank by default. `shares` gives each domain its
-        share of the loss, in any unit; `head(teacher)` a teacher's head, (V, Hi) or with a bias and
-        a scale; `beta` and `top_k` belong to the divergences of those names; `guard` decides which
-        gradients are used."""
+        share of the loss, in any unit; `head(teacher)` a teacher's head where the student is,
+        (V, Hi) or with a bias and a scale; `beta` and `top_k` belong to the divergences of those
+        names; `guard` decides which gradients are used."""
         self.mesh = mesh or Mesh()
         self.model = model
         self.student = self.mesh.prepare(Student(model), model._no_split_modules or ())
@@ -211,7 +211,7 @@ class Learner:
         """Of a group's tokens what is minimised, and the reverse KL, whether or not that is it."""
         student = (hidden_NH[group.tokens], head_VH)
         teachers = [
-            (teacher_NH, as_head(self.head(name)).to(teacher_NH.device))
+            (teacher_NH, as_head(self.head(name)))
             for name, teacher_NH in zip(group.teachers, group.hidden, strict=True)
         ]
         options: Any = {

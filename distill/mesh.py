@@ -24,12 +24,17 @@ from posttrain.sharded import whole
 Strategy = Literal["ddp", "fsdp2"]
 
 
+def own_device() -> torch.device:
+    """A GPU where this process has one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def meet(
     place: Path, *, rank: int, num_ranks: int, timeout_s: float, device: str | None = None
 ) -> None:
     """Wait at the file `place`, which no earlier group may have used, for all ranks. A group that
     an earlier stage left in this process ends. The device is a GPU where there is one."""
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or own_device().type
     if dist.is_initialized():
         dist.destroy_process_group()
     dist.init_process_group(
@@ -48,7 +53,7 @@ class Mesh:
         """With several ranks they have met already."""
         assert num_ranks == 1 or dist.get_world_size() == num_ranks
         self.size = num_ranks
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = own_device()
         self.is_sharded = num_ranks > 1 and strategy == "fsdp2"
 
     def prepare(self, student: nn.Module, units: Iterable[str]) -> nn.Module:

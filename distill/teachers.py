@@ -19,6 +19,7 @@ import torch
 from distill.batch import Example, ScoredExample, pad_right
 from distill.causal_lm import hidden_states
 from distill.hidden_store import HiddenRow, HiddenStore, row_key, write_row
+from distill.mesh import own_device
 from distill.reverse_kl import Head
 from distill.teacher_files import find_teacher
 from distill.teacher_memory import Residents
@@ -53,7 +54,7 @@ class TeacherPool:
     ) -> None:
         """At most `capacity` teachers, of `max_gb` in this worker, stay in memory. The device is a
         GPU where there is one. Workers of a pool of several meet at the file `meeting`."""
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        device = device or own_device().type
         self._loader = Loader(dtype=getattr(torch, dtype), device=device)
         self._model = Residents(self._loader, capacity=capacity, max_bytes=max_gb * 1e9)
         self._meet = None
@@ -267,5 +268,5 @@ class Teachers:
 
 
 def read_head(loader: Loader, folder: Path) -> Head:
-    """A teacher's head, mapped from its file: an adapter's is its base's."""
-    return loader.head(find_teacher(folder).base)
+    """A teacher's head: an adapter's is its base's. On a CPU it stays mapped from its file."""
+    return loader.head(find_teacher(folder).base).to(own_device())
