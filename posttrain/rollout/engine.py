@@ -26,7 +26,7 @@ from posttrain.rollout.sampling import Draw, sample, uniform
 from posttrain.rollout.slots import COLUMNS, V4Slots
 from posttrain.rollout.types import Request, Rollout, Said
 
-READERS = 16
+READERS = 64
 """Rows of a chunk, at most: a step has so many times `COLUMNS` tokens beside those that decode."""
 
 
