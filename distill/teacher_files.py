@@ -13,6 +13,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from posttrain.adapters import find_base, is_adapter
 from posttrain.errors import CheckpointError
 
 
@@ -27,17 +28,7 @@ class Place:
 def find_teacher(folder: Path) -> Place:
     """A checkpoint, or a PEFT adapter and its base: `base_model_name_or_path`, an absolute path or
     one relative to the adapter. Raises CheckpointError where that is no folder."""
-    config = folder / "adapter_config.json"
-    if not config.exists():
-        return Place(folder)
-    named = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    base = (folder / str(named)).resolve()
-    if not named or not (base / "config.json").exists():
-        raise CheckpointError(
-            f"the adapter {folder} is of the base {named!r}, which is no checkpoint's folder: "
-            f"write the base's path, absolute or relative to the adapter, into {config}"
-        )
-    return Place(base, folder)
+    return Place(find_base(folder), folder) if is_adapter(folder) else Place(folder)
 
 
 class TeacherFiles:

@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from posttrain.adapters import find_base, is_adapter
 from posttrain.backbone import official  # the package registers V4ForCausalLM
 from posttrain.errors import CheckpointError
 
@@ -36,11 +37,19 @@ def save_checkpoint(
 
 def load_model(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A causal language model in eval mode, from a folder or a hub id, in transformers' layout or,
-    a local folder, in DeepSeek-V4's official one.
+    a local folder, in DeepSeek-V4's official one; of a LoRA adapter's folder its base with the
+    adapter merged into it.
 
     Raises:
         CheckpointError: no checkpoint there, or one whose tensors do not match its config.
     """
+    if is_adapter(Path(folder)):
+        from peft import PeftModel  # which takes a second to import
+
+        peft: Any = PeftModel.from_pretrained(
+            load_model(find_base(Path(folder)), dtype=dtype), folder
+        )
+        return peft.merge_and_unload().eval()
     _check_folder(folder)
     try:
         if official.is_official(Path(folder)):
@@ -60,12 +69,15 @@ def load_model(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> Pre
 
 
 def load_tokenizer(folder: str | Path) -> Any:
-    """The tokenizer saved beside a model.
+    """The tokenizer saved beside a model; an adapter's own, or else its base's.
 
     Raises:
         CheckpointError: there is none.
     """
-    _check_folder(folder)
+    if is_adapter(Path(folder)) and not (Path(folder) / "tokenizer.json").exists():
+        folder = find_base(Path(folder))
+    if not is_adapter(Path(folder)):
+        _check_folder(folder)
     try:
         return AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:

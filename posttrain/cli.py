@@ -138,7 +138,8 @@ def evaluate(
 ) -> None:
     """Score a checkpoint on a recipe's held-out prompts, with 95% intervals."""
     with user_errors():
-        from posttrain.pipeline.checks import check_recipe, checkpoint_folder
+        from posttrain.pipeline.checkpoint_checks import checkpoint_folder
+        from posttrain.pipeline.checks import check_recipe
         from posttrain.pipeline.recipe_file import load_recipe
 
         folder = checkpoint_folder(checkpoint)
@@ -165,7 +166,7 @@ def generate(
 ) -> None:
     """Print a checkpoint's answer as it is sampled."""
     with user_errors():
-        from posttrain.pipeline.checks import checkpoint_folder
+        from posttrain.pipeline.checkpoint_checks import checkpoint_folder
 
         folder = checkpoint_folder(checkpoint)
         from posttrain.generate import generate as answer
@@ -209,7 +210,7 @@ def doctor(
 ) -> None:
     """Say what is in a checkpoint, and what is wrong with it."""
     with user_errors():
-        from posttrain.pipeline.checks import checkpoint_folder
+        from posttrain.pipeline.checkpoint_checks import checkpoint_folder
 
         folder = checkpoint_folder(checkpoint)
         from posttrain.doctor import examine

@@ -5,12 +5,14 @@ taken out is logged.
 """
 
 from contextlib import closing
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 
+from posttrain.adapters import copy_adapter, find_base, is_adapter
 from posttrain.backbone import V4ForCausalLM, preset_config
 from posttrain.checkpoints import load_model, load_tokenizer, save_checkpoint
 from posttrain.domains import DomainSpec, Row, is_heldout, load_rows, split
@@ -68,14 +70,24 @@ def new_model(preset: Literal["tiny", "small"], tokenizer: Any, *, seed: int) ->
 
 
 def work_existing(config: ExistingStage, job: Job) -> None:
-    """Bring a checkpoint from a folder or the hub into the run, in our layout.
+    """Bring a checkpoint from a folder or the hub into the run, in our layout; an adapter stays
+    one, of the base that it names or of `job.inputs["base"]`.
 
     Raises:
         CheckpointError: there is none, or it cannot be fetched.
     """
     source = job.folder / config.path if config.path else _fetch(str(config.hub), config.revision)
+    result = job.out / training.RESULT
+    if is_adapter(Path(source)):
+        base = job.inputs.get("base")
+        copy_adapter(
+            Path(source),
+            result,
+            base=base / training.RESULT if base else find_base(Path(source)),
+        )
+        return
     model, tokenizer = load_model(source), load_tokenizer(source)
-    save_checkpoint(model, tokenizer, job.out / training.RESULT)
+    save_checkpoint(model, tokenizer, result)
 
 
 def _fetch(model_id: str, revision: str | None) -> str:

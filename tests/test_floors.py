@@ -19,6 +19,7 @@ FLOORS = (  # a module may import from floors below its own, and from its own ro
             "posttrain.config",
             "posttrain.metrics",
             "posttrain.job",
+            "posttrain.adapters",
         ),
         ("posttrain.backbone",),
         ("posttrain.optim", "posttrain.sharded"),

@@ -11,7 +11,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from posttrain.domains import (
     DataConfig,
@@ -22,7 +22,14 @@ from posttrain.domains import (
     refuse_names_of_tool_arguments,
     split,
 )
-from posttrain.errors import CheckpointError, DataError, PosttrainError
+from posttrain.errors import DataError, PosttrainError
+from posttrain.pipeline.checkpoint_checks import (
+    check_folder,
+    check_teacher,
+    read_config,
+    read_tokenizer,
+    teacher_tokenizer,
+)
 from posttrain.pipeline.hub import check_on_hub
 from posttrain.pipeline.recipe import DomainConfig
 from posttrain.pipeline.recipe_file import RecipeFile
@@ -112,84 +119,14 @@ def check_checkpoints(file: RecipeFile) -> None:
             check_folder(file.folder / base.path)
     for name, path in teachers:
         with naming(file, ("teachers", name)):
-            check_folder(file.folder / path)
+            check_teacher(file.folder / path, hub=base.hub)
     if teachers and not base.hub:
         student = student_tokenizer(file)
         for name, path in teachers:
             with naming(file, ("teachers", name)):
                 from posttrain.tokenizer import check_same_tokens
 
-                check_same_tokens(student, read_tokenizer(file.folder / path), name=name)
-
-
-def check_folder(folder: Path) -> None:
-    """Raise CheckpointError unless the folder holds a model, its tokenizer and its weights."""
-    wanted = {"a model": "config.json", "a tokenizer": "tokenizer.json", "weights": "*.safetensors"}
-    for what, pattern in wanted.items():
-        if not any(folder.glob(pattern)):
-            missing = f"holds no {pattern}" if folder.is_dir() else "is no folder"
-            raise CheckpointError(
-                f"{folder} {missing}: give a folder with {what}, as save_pretrained writes it"
-            )
-    read_config(folder)
-    read_tokenizer(folder)
-    for path in sorted(folder.glob("*.safetensors")):
-        check_weights(path)
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """A checkpoint's config.json. Raises CheckpointError unless it names a model."""
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is no JSON ({error}): save the checkpoint again") from None
-    if not isinstance(config, dict) or "model_type" not in config:
-        raise CheckpointError(
-            f"{path} names no model (no model_type): give a checkpoint as save_pretrained writes it"
-        )
-    return cast("dict[str, Any]", config)
-
-
-def check_weights(path: Path) -> None:
-    """Raise CheckpointError unless the file is whole, as far as its header tells."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="numpy"):
-            pass
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{path} holds no whole weights ({error}): copy or save the checkpoint again"
-        ) from None
-
-
-def checkpoint_folder(folder: Path) -> Path:
-    """The folder itself, or the `checkpoint/` in a stage's folder; without torch, which takes
-    seconds. Raises CheckpointError."""
-    for candidate in (folder, folder / "checkpoint"):
-        if (candidate / "config.json").exists():
-            read_config(candidate)
-            for path in sorted(candidate.glob("*.safetensors")):
-                check_weights(path)
-            return candidate
-    raise CheckpointError(
-        f"{folder} holds no checkpoint (no config.json): give a folder that save_pretrained wrote, "
-        "or a stage's folder in a run, such as runs/quickstart/stages/opd-..."
-    )
-
-
-def read_tokenizer(folder: Path) -> Any:
-    """A checkpoint's tokenizer, without transformers; it has `get_vocab`."""
-    from tokenizers import Tokenizer
-
-    path = folder / "tokenizer.json"
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # noqa: BLE001  # tokenizers raises no narrower one
-        raise CheckpointError(
-            f"{path} is no tokenizer ({error}): save it again with save_pretrained"
-        ) from None
+                check_same_tokens(student, teacher_tokenizer(file.folder / path), name=name)
 
 
 def student_tokenizer(file: RecipeFile) -> Any:

@@ -188,8 +188,9 @@ class Recipe(Config):
     domains: dict[str, DomainConfig] = Field(min_length=1)
     """What is to be learned, by name."""
     teachers: dict[str, str | dict[str, float]] = {}
-    """Who teaches a domain in place of its own specialist: a checkpoint's folder, or several
-    teachers with their weights, each a folder, `specialist/<domain>` or `base`."""
+    """Who teaches a domain in place of its own specialist: a checkpoint's or a LoRA adapter's
+    folder, or several teachers with their weights, each a folder, `specialist/<domain>` or
+    `base`."""
     distill: DistillConfig | None = None
     """On-policy distillation of all teachers into one student; null: none."""
     ablations: dict[str, dict[str, Any]] = {}

@@ -18,6 +18,7 @@ from pathlib import Path
 import yaml
 
 from distill.config import DistillConfig, OpdStage
+from posttrain.adapters import base_name, find_base, is_adapter
 from posttrain.config import Config
 from posttrain.domains import DataConfig, DomainSpec, fingerprint
 from posttrain.evaluate_config import EvaluateStage
@@ -180,9 +181,17 @@ class _Builder:
         )
 
     def _add_existing(self, name: str, config: ExistingStage) -> None:
-        path = config.path
-        mark = {"checkpoint": checkpoint_fingerprint(self.folder / path)} if path else {}
-        self._add(name, "specialists.pretrain:work_existing", config, {}, fingerprints=mark)
+        marks: dict[str, str] = {}
+        inputs: dict[str, str] = {}
+        if config.path:
+            folder = self.folder / config.path
+            marks["checkpoint"] = checkpoint_fingerprint(folder)
+            if is_adapter(folder):
+                if base_name(folder) == self.recipe.base.hub:
+                    inputs["base"] = "base"
+                else:
+                    marks["base"] = checkpoint_fingerprint(find_base(folder))
+        self._add(name, "specialists.pretrain:work_existing", config, inputs, fingerprints=marks)
 
     def _add_specialist(self, name: str, domain: DomainConfig) -> None:
         start, specs = "base", [domain.spec]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,10 @@ from distill.teacher_models import Loader
 from posttrain.backbone import V4ForCausalLM
 from posttrain.checkpoints import load_model, load_tokenizer
 from posttrain.errors import CheckpointError
+from posttrain.job import Job
+from posttrain.metrics import Metrics
+from specialists.config import ExistingStage
+from specialists.pretrain import work_existing
 
 ATTENTION = r".*self_attn\.(q_a_proj|q_b_proj|kv_proj|o_b_proj)"
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
@@ -104,6 +109,39 @@ def test_an_adapter_that_changes_the_head_is_refused(base: Path, tmp_path: Path)
     (lora / "adapter_config.json").write_text(json.dumps(settings))
     with pytest.raises(CheckpointError, match="is of type IA3"):
         check_adapter(lora, skeleton)
+
+
+def test_an_adapter_loads_as_its_base_with_the_adapter_merged(
+    base: Path, adapters: dict[str, Path]
+) -> None:
+    for folder in adapters.values():
+        peft: Any = PeftModel.from_pretrained(aligned(base), folder)
+        merged: Any = load_model(folder)
+        assert type(merged) is V4ForCausalLM
+        torch.testing.assert_close(read(merged), read(peft.get_base_model()), rtol=1e-4, atol=1e-4)
+        assert load_tokenizer(folder).get_vocab() == load_tokenizer(base).get_vocab()
+
+
+@pytest.mark.parametrize("is_of_the_runs_base", [False, True])
+def test_an_adapter_from_elsewhere_stays_an_adapter_in_the_run(
+    base: Path, adapters: dict[str, Path], tmp_path: Path, is_of_the_runs_base: bool
+) -> None:
+    folder = tmp_path / "elsewhere" / "lora"
+    shutil.copytree(adapters["experts"], folder)
+    config = folder / "adapter_config.json"
+    name = "someone/a-base" if is_of_the_runs_base else os.path.relpath(base, folder)
+    settings = json.loads(config.read_text()) | {"base_model_name_or_path": name}
+    config.write_text(json.dumps(settings))
+    out = tmp_path / "run"
+    out.mkdir()
+    metrics = Metrics(out / "metrics.jsonl", stage="teacher")
+    inputs = {"base": base.parent} if is_of_the_runs_base else {}
+    job = Job(out, inputs, folder.parent, seed=0, num_threads=1, metrics=metrics)
+    work_existing(ExistingStage(path="lora"), job)
+    assert find_teacher(out / "checkpoint") == Place(base.resolve(), out / "checkpoint")
+    plain, found = find_teacher(adapters["experts"]), find_teacher(out / "checkpoint")
+    residents = Residents(Loader(dtype=torch.float32, device="cpu"), capacity=1, max_bytes=1e12)
+    assert torch.equal(read(residents(plain)), read(residents(found)))
 
 
 def test_an_adapter_whose_base_is_no_folder_is_refused(tmp_path: Path) -> None:

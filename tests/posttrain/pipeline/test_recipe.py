@@ -333,6 +333,24 @@ def test_a_teacher_must_give_every_token_the_same_id(tmp_path: Path) -> None:
     assert "'a'" in message
 
 
+def test_a_teacher_may_be_an_adapter_of_a_base_that_is_there(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, RECIPE + "teachers: {letters: lora}\n")
+    (tmp_path / "lora").mkdir()
+    config = tmp_path / "lora" / "adapter_config.json"
+    config.write_text('{"base_model_name_or_path": "../elder"}')
+    save_file({"lora_A": np.zeros(1)}, tmp_path / "lora" / "adapter_model.safetensors")
+    assert "of the base '../elder', which is no checkpoint's folder" in message_of(path)
+    write_checkpoint(tmp_path / "elder")
+    checked(path)
+    config.write_text('{"base_model_name_or_path": null}')
+    assert "base_model_name_or_path is None: write a path" in message_of(path)
+    config.write_text('{"base_model_name_or_path": "../elder"}')
+    (tmp_path / "lora" / "adapter_model.safetensors").write_bytes(b"cut")
+    message = message_of(path)
+    assert message.startswith(f"{line_of(path, 'teachers:')}: teachers.letters: ")
+    assert "adapter_model.safetensors holds no whole weights" in message
+
+
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [

@@ -204,6 +204,25 @@ def test_a_domain_may_lack_stages_and_have_a_teacher_from_elsewhere(folder: Path
     assert not {"base", "sft/sums", "ties"} & moved
 
 
+def test_a_teacher_that_is_an_adapter_stands_on_its_base(folder: Path) -> None:
+    for name, content in (("lora/adapter_model", b"1"), ("elder/model", b"2")):
+        (folder / name).parent.mkdir()
+        (folder / f"{name}.safetensors").write_bytes(content)
+    (folder / "elder" / "config.json").write_text("{}")
+    content = {**copy.deepcopy(CONTENT), "teachers": {"words": "lora"}}
+    config = folder / "lora" / "adapter_config.json"
+    config.write_text('{"base_model_name_or_path": "../elder"}')
+    assert stages_of(content, folder)["teacher/words"].inputs == {}
+    before = keys(folder, content)
+    (folder / "elder" / "model.safetensors").write_bytes(b"3")
+    moved = changed(before, keys(folder, content))
+    assert {"teacher/words", "opd"} <= moved
+    assert not {"base", "grpo/words"} & moved
+    content["base"] = {"hub": "someone/a-base"}
+    config.write_text('{"base_model_name_or_path": "someone/a-base"}')
+    assert stages_of(content, folder)["teacher/words"].inputs == {"base": "base"}
+
+
 def test_a_domain_may_have_several_teachers(folder: Path) -> None:
     (folder / "elder").mkdir()
     (folder / "elder" / "model.safetensors").write_bytes(b"1")
