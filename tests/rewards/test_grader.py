@@ -81,6 +81,7 @@ def grade_one(grader: Grader, response: str) -> tuple[float, str]:
     return score.reward, score.reason
 
 
+NEGATIVES = [{"call": f"f({x})", "expect": str(-x)} for x in (1, 2, 3)]
 NO_COMMA = {"instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}
 
 
@@ -91,6 +92,7 @@ NO_COMMA = {"instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}
         ("instructions", "one two three", NO_COMMA),
         ("mathematics", "\\boxed{(x+1)^2}", {"answer": "x^2+2x+1"}),
         ("programs", "x[::-1]", {"tests": [{"x": "abc", "expect": "cba"}]}),
+        ("programs", "def f(x): return -x", {"tests": NEGATIVES, "sandbox": "limits"}),
         ("tools", "42", {"answer": 42, "messages": [{"role": "user", "content": "?"}]}),
     ],
 )
