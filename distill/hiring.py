@@ -21,10 +21,14 @@ from distill.teachers import Teacher, Teachers
 from posttrain.checkpoints import load_tokenizer, weights_hash
 from posttrain.errors import CheckpointError
 from posttrain.files import write_atomic
+from posttrain.hashes import FileHashes
 from posttrain.job import Job
 from posttrain.tokenizer import check_same_tokens
 
 PINNED = "teachers.json"
+HASHES = "hashes.json"
+"""Remembered of the teachers' files: a resume does not read hundreds of gigabytes to find that they
+are the same."""
 
 
 def open_pool(stage: OpdStage, student: Any, tokenizer: Any, job: Job) -> Teachers:
@@ -66,6 +70,7 @@ class Examiner:
         self._tokenizer = tokenizer
         self._job = job
         self._dtype = dtype
+        self._hashes = FileHashes(job.out / HASHES)
         self._loader = Loader(dtype=torch.float32, device="cpu")
 
     def __call__(self, name: str) -> Teacher:
@@ -86,7 +91,7 @@ class Examiner:
                 f"teacher {name!r} has a head of {len(head.weight)} tokens and the student one of "
                 f"{self._vocab_size}: the KL is over the whole vocabulary, so pad or cut one"
             )
-        found = identify(place, head, tokenizers[0])
+        found = identify(place, head, tokenizers[0], self._hashes)
         pin(self._job.out / PINNED, name, found)
         summary = json.dumps([found, self._dtype], sort_keys=True)
         return Teacher(
@@ -105,19 +110,21 @@ def teacher_folder(name: str, job: Job) -> Path:
     return (job.folder / name).resolve()
 
 
-def identify(place: Place, head: Head, tokenizer: Any) -> dict[str, str]:
+def identify(
+    place: Place, head: Head, tokenizer: Any, hashes: FileHashes | None = None
+) -> dict[str, str]:
     """Hashes by part: all that decides what a teacher says of a token."""
     config = json.dumps(stable(load_config(place.base).to_dict()), sort_keys=True, default=str)
     tokens = json.dumps(tokenizer.get_vocab(), sort_keys=True)
     parts = {
-        "weights": weights_hash(place.base),
+        "weights": weights_hash(place.base, hashes),
         "config": hashlib.sha256(config.encode()).hexdigest(),
         "tokenizer": hashlib.sha256(tokens.encode()).hexdigest(),
         "head": hash_head(head),
     }
     if place.adapter:
         settings = (place.adapter / "adapter_config.json").read_bytes()
-        digest = hashlib.sha256(settings + weights_hash(place.adapter).encode())
+        digest = hashlib.sha256(settings + weights_hash(place.adapter, hashes).encode())
         parts["adapter"] = digest.hexdigest()
     return parts
 

@@ -15,7 +15,7 @@ import torch
 
 from distill.asynchronous import Pipeline
 from distill.config import DistillConfig, OpdStage
-from distill.hiring import open_pool
+from distill.hiring import HASHES, open_pool
 from distill.kept_rollouts import KeptRollouts
 from distill.ranks import hire_learners
 from distill.resume import StepCheckpoint
@@ -86,6 +86,7 @@ def work(stage: OpdStage, job: Job) -> None:
     save_checkpoint(model, tokenizer, job.out / "checkpoint")
     checkpoint.delete()
     kept.close()
+    (job.out / HASHES).unlink(missing_ok=True)
 
 
 def make_pipeline(

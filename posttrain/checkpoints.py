@@ -19,6 +19,7 @@ from transformers import (
 from posttrain.adapters import find_base, is_adapter
 from posttrain.backbone import official  # the package registers V4ForCausalLM
 from posttrain.errors import CheckpointError
+from posttrain.hashes import FileHashes
 
 
 def save_checkpoint(
@@ -84,14 +85,13 @@ def load_tokenizer(folder: str | Path) -> Any:
         raise CheckpointError(f"cannot load a tokenizer from {folder}: {error}") from error
 
 
-def weights_hash(folder: Path) -> str:
-    """sha256 over the weight files of a checkpoint or an adapter, by name."""
+def weights_hash(folder: Path, hashes: FileHashes | None = None) -> str:
+    """sha256 over the names and hashes of a checkpoint's or an adapter's weight files; `hashes`
+    may remember those of files that did not change."""
+    hashes = hashes or FileHashes()
     digest = hashlib.sha256()
     for path in sorted(folder.glob("*.safetensors")):
-        digest.update(path.name.encode())
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
+        digest.update(f"{path.name}\0{hashes.of(path)}\n".encode())
     return digest.hexdigest()
 
 

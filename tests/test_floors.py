@@ -20,6 +20,7 @@ FLOORS = (  # a module may import from floors below its own, and from its own ro
             "posttrain.metrics",
             "posttrain.job",
             "posttrain.adapters",
+            "posttrain.hashes",
         ),
         ("posttrain.backbone",),
         ("posttrain.optim", "posttrain.sharded"),
