@@ -131,7 +131,14 @@ def measure_pool(folder: str, distinct: str, capacity: str, questions: str, toke
         with watched() as found:
             for number, name in enumerate(names):
                 examples = [
-                    Example("d", {name: 1.0}, ids, list(range(ROW_TOKENS)), [3] * ROW_TOKENS)
+                    Example(
+                        "d",
+                        {name: 1.0},
+                        ids,
+                        list(range(ROW_TOKENS)),
+                        [3] * ROW_TOKENS,
+                        [0.0] * ROW_TOKENS,
+                    )
                     for ids in rows_of(number, int(tokens))
                 ]
                 then = names[number + 1] if number + 1 < len(names) else None

@@ -18,7 +18,7 @@ from posttrain.rollout.types import Rollout
 class Example:
     """What the models read of one rollout: for the prompt [5, 9] and the response [4, 8, 2] whose
     8 is a tool's, `Example("math", {"math-teacher": 1.0}, input_ids=[5, 9, 4, 8],
-    positions=[1, 3], sampled=[4, 2])`."""
+    positions=[1, 3], sampled=[4, 2], sampler_logp=[-0.1, -0.7])`."""
 
     domain: str
     teachers: Mapping[str, float]
@@ -32,6 +32,9 @@ class Example:
 
     sampled: list[int]
     """Those own tokens, one for each position."""
+
+    sampler_logp: list[float]
+    """What the sampler gave each of them, at its temperature."""
 
     @property
     def teacher_names(self) -> tuple[str, ...]:
@@ -61,7 +64,9 @@ def example_from_rollout(rollout: Rollout, *, teachers: Mapping[str, float]) -> 
         return None
     token_ids = [*rollout.prompt, *rollout.response]
     sampled = [token_ids[position + 1] for position in positions]
-    return Example(rollout.domain, teachers, token_ids[: positions[-1] + 1], positions, sampled)
+    logp = [rollout.logp[position - start] for position in positions]
+    input_ids = token_ids[: positions[-1] + 1]
+    return Example(rollout.domain, teachers, input_ids, positions, sampled, logp)
 
 
 def pad_right(sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
@@ -97,6 +102,9 @@ class MicroBatch:
     sampled_N: Tensor
     """The loss tokens themselves."""
 
+    sampler_logp_N: Tensor
+    """What the sampler gave each of them, float64."""
+
     domain_N: Tensor
     """Index of each loss token's domain."""
 
@@ -125,6 +133,7 @@ class MicroBatch:
             self.attention_mask_BS.to(device),
             self.position_N.to(device),
             self.sampled_N.to(device),
+            self.sampler_logp_N.to(device),
             self.domain_N.to(device),
             self.row_tokens_N.to(device),
             moved,
@@ -135,7 +144,7 @@ def empty_microbatch() -> MicroBatch:
     """One token that nobody learns from: a rank without rows left takes part in the others'
     forwards and backwards."""
     one, none = torch.ones(1, 1, dtype=torch.long), torch.zeros(0, dtype=torch.long)
-    return MicroBatch(one, one, none, none, none, none, [])
+    return MicroBatch(one, one, none, none, none.double(), none, none, [])
 
 
 def make_microbatch(rows: Sequence[ScoredExample], *, domains: Sequence[str]) -> MicroBatch:
@@ -151,6 +160,7 @@ def make_microbatch(rows: Sequence[ScoredExample], *, domains: Sequence[str]) ->
         attention_mask_BS,
         torch.tensor(places),
         torch.tensor([token for example in examples for token in example.sampled]),
+        torch.tensor([p for e in examples for p in e.sampler_logp], dtype=torch.float64),
         domain_B.repeat_interleave(num_tokens),
         num_tokens.repeat_interleave(num_tokens),
         list(_groups(rows)),

@@ -6,6 +6,7 @@ from these.
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from posttrain.errors import CheckpointError
@@ -40,6 +41,21 @@ def head_weight(model: Any, *, name: str) -> Tensor:
             "hidden states times head: use a model without that"
         )
     return head.weight
+
+
+@torch.no_grad()
+def token_logp(
+    hidden_NH: Tensor,
+    head_VH: Tensor,
+    token_N: Tensor,
+    *,
+    logsumexp_N: Tensor,
+    temperature: float,
+) -> Tensor:
+    """log softmax(hidden @ head.T / temperature) at one token of each row, (N,) in float64, where
+    the logsumexp is known already: H products a row in the place of the vocabulary's."""
+    logit_N = torch.linalg.vecdot(hidden_NH, head_VH[token_N])
+    return logit_N.double() / temperature - logsumexp_N
 
 
 def logit_scale(config: Any, *, name: str) -> float:

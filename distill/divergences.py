@@ -68,15 +68,16 @@ def divergence(
     dtype = compute_dtype(student_hidden, head, pairs)
     mixture_Nn, weight_N = default_weights(student_hidden, len(pairs), dtype, mixture, row_weight)
     chunk = partial(_chunk, _measure(kind, beta, top_k), pairs, sampled, dtype, temperature)
-    value_Nn, entropy_N = _in_chunks(chunk, student_hidden, head)
+    value_Nn, entropy_N, logsumexp_N = _in_chunks(chunk, student_hidden, head)
     loss = (weight_N[:, None] * mixture_Nn * value_Nn).sum()
     value_Nn = value_Nn.detach()
-    return ReverseKL(loss, (mixture_Nn * value_Nn).sum(dim=-1), entropy_N, value_Nn)
+    per_token_N = (mixture_Nn * value_Nn).sum(dim=-1)
+    return ReverseKL(loss, per_token_N, entropy_N, value_Nn, logsumexp_N)
 
 
 def _in_chunks(
-    chunk: Callable[..., tuple[Tensor, Tensor]], hidden_NH: Tensor, head: Head
-) -> tuple[Tensor, Tensor]:
+    chunk: Callable[..., tuple[Tensor, Tensor, Tensor]], hidden_NH: Tensor, head: Head
+) -> tuple[Tensor, Tensor, Tensor]:
     """What `chunk` gives of all tokens, forgotten and computed again in the backward."""
     step = default_tile_rows(hidden_NH.device, len(head.weight))
     found: list[Any] = []
@@ -84,8 +85,8 @@ def _in_chunks(
         for start in range(0, max(len(hidden_NH), 1), step):
             inputs = (slice(start, start + step), hidden_NH, head.weight, head.bias, head.scale)
             found.append(checkpoint(chunk, *inputs, use_reentrant=False, preserve_rng_state=False))
-    value_Nn, entropy_N = (torch.cat(x) for x in zip(*found, strict=True))
-    return value_Nn, entropy_N
+    value_Nn, entropy_N, logsumexp_N = (torch.cat(x) for x in zip(*found, strict=True))
+    return value_Nn, entropy_N, logsumexp_N
 
 
 def _chunk(
@@ -99,22 +100,24 @@ def _chunk(
     weight_VH: Tensor,
     bias_V: Tensor | None,
     scale: float,
-) -> tuple[Tensor, Tensor]:
-    """Of the tokens `rows`: the divergence from each teacher [R, n], the student's entropy [R]."""
-    logp_RV = _logp(hidden_NH[rows], Head(weight_VH, bias_V, scale), dtype, temperature)
-    value_nR = [
-        measure(logp_RV, _logp(hidden[rows], head, dtype, temperature), sampled_N[rows, None])
-        for hidden, head in teachers
-    ]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the tokens `rows`: the divergence from each teacher [R, n], the student's entropy and the
+    logsumexp of its logits [R]."""
+    logits_RV = _logits(hidden_NH[rows], Head(weight_VH, bias_V, scale), dtype, temperature)
+    logp_RV = logits_RV.log_softmax(dim=-1)
+    value_nR: list[Tensor] = []
+    for hidden_NH, head in teachers:
+        logq_RV = _logits(hidden_NH[rows], head, dtype, temperature).log_softmax(dim=-1)
+        value_nR.append(measure(logp_RV, logq_RV, sampled_N[rows, None]))
     entropy_R = -torch.linalg.vecdot(logp_RV.detach().exp(), logp_RV.detach())
-    return torch.stack(value_nR, dim=-1), entropy_R
+    return torch.stack(value_nR, dim=-1), entropy_R, logits_RV.detach().double().logsumexp(dim=-1)
 
 
-def _logp(hidden_RH: Tensor, head: Head, dtype: torch.dtype, temperature: float) -> Tensor:
+def _logits(hidden_RH: Tensor, head: Head, dtype: torch.dtype, temperature: float) -> Tensor:
     logits_RV = hidden_RH.to(dtype) @ head.weight.to(dtype).T
     if head.bias is not None:
         logits_RV = logits_RV + head.bias.to(dtype)
-    return (logits_RV * (head.scale / temperature)).log_softmax(dim=-1)
+    return logits_RV * (head.scale / temperature)
 
 
 def _measure(kind: Kind, beta: float, top_k: int) -> Measure:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from distill.balance import Denominator, Totals, token_weights
 from distill.batch import Group, MicroBatch, ScoredExample, empty_microbatch, microbatches
-from distill.causal_lm import head_weight, hidden_states
+from distill.causal_lm import head_weight, hidden_states, token_logp
 from distill.divergences import Kind, divergence
 from distill.guard import Guard
 from distill.mesh import Mesh
@@ -186,6 +186,13 @@ class Learner:
             # the other ranks wait for this one's backward; no number is left that could be used
             self.mesh.backward((hidden_NH.sum() + head_VH.sum()) * math.nan)
             return
+        logp_N = token_logp(  # before the backward, after which a sharded head is gone
+            hidden_NH,
+            head_VH,
+            batch.sampled_N,
+            logsumexp_N=torch.cat([kl.logsumexp for _, kl in compared]),
+            temperature=self.temperature,
+        )
         self.mesh.backward(torch.stack([found.loss for found, _ in compared]).sum())
         assert hidden_NH.grad is not None
         tally.add(
@@ -195,6 +202,7 @@ class Learner:
             entropy=torch.cat([kl.entropy for _, kl in compared]),
             weight=weight_N,
             squared_gradient=hidden_NH.grad.double().square().sum(dim=-1) / self.mesh.size**2,
+            logp=logp_N,
         )
         for group, (_, kl) in zip(batch.groups, compared, strict=True):
             if len(group.teachers) > 1:

@@ -81,6 +81,10 @@ class Mesh:
         """The largest of all ranks'."""
         return int(self._reduce(torch.tensor(number, device=self.device), dist.ReduceOp.MAX))
 
+    def largest(self, tensor: Tensor) -> Tensor:
+        """Over all ranks, element by element."""
+        return self._reduce(tensor, dist.ReduceOp.MAX)
+
     def _reduce(self, tensor: Tensor, operation: Any) -> Tensor:
         if self.size > 1:
             tensor = tensor.clone()

@@ -56,6 +56,9 @@ class ReverseKL:
     per_teacher: Tensor
     """KL(student || teacher i), [N, n]."""
 
+    logsumexp: Tensor
+    """log sum_v exp(z_nv / T) of the student's logits, [N] in float64."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Rest:
@@ -136,19 +139,21 @@ class _ReverseKL(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, student_hidden: Tensor, weight: Tensor, bias: Tensor | None, rest: _Rest
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The four tensors of ReverseKL, in its order."""
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """The tensors of ReverseKL, in its order."""
         wants = ctx.needs_input_grad[:3]
         student = (student_hidden, Head(weight, bias, rest.scale))
         dtype, num_rows = rest.weight_N.dtype, student_hidden.shape[0]
         models = [widen(pair, dtype) for pair in (student, *rest.teachers)]
         tile = Tile(models, dtype, min(rest.tile_rows, num_rows), rest.temperature, rest.group)
         per_teacher_Nn, entropy_N = (torch.empty_like(x) for x in (rest.mixture_Nn, rest.weight_N))
+        logsumexp_N = torch.empty_like(entropy_N, dtype=torch.float64)
         gradients = _Gradients(models[0], dtype, wants)
         for start in range(0, num_rows, rest.tile_rows):
             rows = slice(start, start + rest.tile_rows)
             found = tile(rows, rest.mixture_Nn[rows], rest.weight_N[rows], any(wants))
             per_teacher_Nn[rows], entropy_N[rows] = found.per_teacher_Rn, found.entropy_R
+            logsumexp_N[rows] = found.logsumexp_R
             if found.slope_RV is not None:
                 gradients.add(rows, found.slope_RV)
         per_token_N = (rest.mixture_Nn * per_teacher_Nn).sum(dim=-1)
@@ -163,8 +168,9 @@ class _ReverseKL(torch.autograd.Function):
                 for grad, x in zip(kept, inputs, strict=True)
             )
         )
-        ctx.mark_non_differentiable(per_token_N, entropy_N, per_teacher_Nn)
-        return (rest.weight_N * per_token_N).sum(), per_token_N, entropy_N, per_teacher_Nn
+        values = (per_token_N, entropy_N, per_teacher_Nn, logsumexp_N)
+        ctx.mark_non_differentiable(*values)
+        return (rest.weight_N * per_token_N).sum(), *values
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:

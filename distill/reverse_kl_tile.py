@@ -55,6 +55,7 @@ class Found:
 
     per_teacher_Rn: Tensor
     entropy_R: Tensor
+    logsumexp_R: Tensor
     slope_RV: Tensor | None
     """The loss's gradient at the student's h W^T + b; valid until the next tile."""
 
@@ -65,6 +66,7 @@ class Sums:
 
     per_teacher_Rn: Tensor
     entropy_R: Tensor
+    logsumexp_R: Tensor
     mean_R: Tensor
     """p D's mean, less what this rank's D is short of the true one."""
     share_R: Tensor
@@ -126,7 +128,7 @@ class Tile:
             slope_RV = self._slope(student_RV, gap_RV, units, maximum_R, mean_R, factor_R)
         if slope_RV is not None:
             slope_RV = slope_RV.to(self.slope_dtype)
-        return Found(total.per_teacher_Rn, total.entropy_R, slope_RV)
+        return Found(total.per_teacher_Rn, total.entropy_R, total.logsumexp_R, slope_RV)
 
     def _logits(self, i: int, rows: slice, out_RV: Tensor) -> float:
         """Model i's, into `out_RV`; what they are still to be multiplied by to be in bits."""
@@ -277,6 +279,7 @@ def combine(
     return Sums(
         per_teacher_Rn=(ln2 * (mean_nR - (lse_R - other_nR))).T,
         entropy_R=ln2 * (lse_R - level_R),
+        logsumexp_R=ln2 * lse_R,
         mean_R=(share_Rn.T * (mean_nR - short_nR)).sum(dim=0),
         share_R=(maximum_R - lse_R).exp2(),
     )

@@ -79,12 +79,19 @@ def examples_of(
     return [example for example in examples if example is not None]
 
 
+def token_versions(rollout: Rollout) -> list[int]:
+    """The version that each token of the response was sampled under."""
+    return rollout.versions or [rollout.version] * len(rollout.response)
+
+
 def describe(rollouts: Sequence[Rollout], *, version: int, num_skipped: int) -> dict[str, float]:
     """`length/<domain>`: mean own tokens; `truncated/<domain>`: share cut at max_new_tokens;
-    `staleness`: versions from those that sampled to the learner's `version`, a rollout's mean;
-    `skipped`: rollouts without an own token."""
+    `staleness`: versions from those that sampled to the learner's `version`, a rollout's mean,
+    `staleness_max` a token's largest; `skipped`: rollouts without an own token."""
     numbers: dict[str, float] = {"skipped": num_skipped}
     numbers["staleness"] = sum(version - r.version for r in rollouts) / max(len(rollouts), 1)
+    oldest = [min(token_versions(r), default=version) for r in rollouts]
+    numbers["staleness_max"] = version - min(oldest, default=version)
     by_domain: dict[str, list[Rollout]] = defaultdict(list)
     for rollout in rollouts:
         by_domain[rollout.domain].append(rollout)

@@ -62,6 +62,7 @@ def solve(
     )
     kl.loss.backward()
     found = {"per_token": kl.per_token, "entropy": kl.entropy, "per_teacher": kl.per_teacher}
+    found["logsumexp"] = kl.logsumexp
     grads = {"hidden": problem.hidden.grad, "head": weight.grad, "bias": bias.grad}
     found |= {name: grad for name, grad in grads.items() if grad is not None}
     return {"loss": kl.loss.detach(), **found}

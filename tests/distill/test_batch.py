@@ -10,7 +10,7 @@ from posttrain.rollout.types import Rollout
 
 TOOL_TURN = Rollout(
     "p", "agent", version=0, prompt=[10, 11, 12], response=[20, 21, 30, 31, 22, 1],
-    is_own=[True, True, False, False, True, True], logp=[0.0] * 6,
+    is_own=[True, True, False, False, True, True], logp=[-0.1, -0.2, 0.0, 0.0, -0.3, -0.4],
 )  # fmt: skip
 
 
@@ -26,14 +26,16 @@ def test_positions_predict_own_tokens_listed_by_hand() -> None:
         input_ids=[10, 11, 12, 20, 21, 30, 31, 22],
         positions=[2, 3, 6, 7],
         sampled=[20, 21, 22, 1],
+        sampler_logp=[-0.1, -0.2, -0.3, -0.4],
     )
 
 
 def test_what_follows_the_last_own_token_is_not_read() -> None:
-    cut = replace(TOOL_TURN, response=[20, 1, 30], is_own=[True, True, False], logp=[0.0] * 3)
+    logp = [-0.1, -0.2, 0.0]
+    cut = replace(TOOL_TURN, response=[20, 1, 30], is_own=[True, True, False], logp=logp)
     example = example_from_rollout(cut, teachers={"t": 1.0})
     assert example == Example(
-        "agent", {"t": 1.0}, [10, 11, 12, 20], positions=[2, 3], sampled=[20, 1]
+        "agent", {"t": 1.0}, [10, 11, 12, 20], [2, 3], sampled=[20, 1], sampler_logp=[-0.1, -0.2]
     )
 
 
@@ -62,7 +64,9 @@ def scored(
 ) -> ScoredExample:
     """A row whose teachers have hidden states of one number."""
     tensors = {name: torch.tensor(values)[:, None] for name, values in hidden.items()}
-    return ScoredExample(Example(domain, teachers, input_ids, positions, sampled), tensors)
+    logp = [-float(token) for token in sampled]
+    example = Example(domain, teachers, input_ids, positions, sampled, logp)
+    return ScoredExample(example, tensors)
 
 
 def test_a_microbatch_by_hand() -> None:
@@ -76,6 +80,7 @@ def test_a_microbatch_by_hand() -> None:
     assert batch.input_ids_BS.tolist() == [[9, 8, 0], [1, 2, 3], [7, 0, 0]]
     assert batch.position_N.tolist() == [1, 4, 5, 6]
     assert batch.sampled_N.tolist() == [33, 3, 32, 31]
+    assert batch.sampler_logp_N.tolist() == [-33, -3, -32, -31]
     assert batch.domain_N.tolist() == [1, 0, 0, 1]
     assert batch.row_tokens_N.tolist() == [1, 2, 2, 1]
     assert [(group.teachers, group.tokens) for group in batch.groups] == [

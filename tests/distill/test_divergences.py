@@ -90,7 +90,9 @@ def test_value_and_gradients_equal_the_dense_reference(
         (*ours, *problem.gradients(found.loss)), (*wanted, *problem.gradients(loss)), strict=True
     ):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-13)
-    assert not any(x.requires_grad for x in ours[1:])
+    first = 0.8 * (problem.hidden @ problem.weight[0] + problem.bias[0]) / 0.7
+    torch.testing.assert_close(found.logsumexp, (first - logp[:, 0]).detach(), rtol=0, atol=1e-12)
+    assert not any(x.requires_grad for x in (*ours[1:], found.logsumexp))
 
 
 def test_sampled_tokens_are_the_reverse_kl_on_average() -> None:

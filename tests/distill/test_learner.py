@@ -45,7 +45,14 @@ def examples() -> list[Example]:
         return torch.randint(3, VOCAB, (number,), generator=generator).tolist()
 
     return [
-        Example(domain, {TEACHERS[domain]: 1.0}, tokens(length), positions, tokens(len(positions)))
+        Example(
+            domain,
+            {TEACHERS[domain]: 1.0},
+            tokens(length),
+            positions,
+            sampled=tokens(len(positions)),
+            sampler_logp=[-0.5 * place for place in positions],
+        )
         for domain, length, positions in ROWS
     ]
 
@@ -434,3 +441,41 @@ def test_shares_that_are_given_later_count_like_the_first(models: Models) -> Non
     after = learner.weights()
     for name, gradient in wanted.gradients.items():
         torch.testing.assert_close(before[name] - after[name], gradient, rtol=1e-4, atol=5e-6)
+
+
+OFFSETS = (0.0, 0.25, -0.5, 1.0, -0.125, 0.0, 2.0)
+"""By how much, token after token, a sampler was surer than the student."""
+
+
+@torch.no_grad()
+def sampled_by_another(model: Any, rows: Sequence[Example]) -> list[Example]:
+    """The rows with the log-probabilities of a sampler that differs by OFFSETS in each row."""
+    found: list[Example] = []
+    for row in rows:
+        logits_SV = model(torch.tensor([row.input_ids])).logits[0].double()
+        logp_SV = (logits_SV / 0.8).log_softmax(dim=-1)
+        own = [logp_SV[p, t].item() for p, t in zip(row.positions, row.sampled, strict=True)]
+        offsets = OFFSETS[: len(own)]
+        found.append(replace(row, sampler_logp=[p + o for p, o in zip(own, offsets, strict=True)]))
+    return found
+
+
+@pytest.mark.parametrize("rows_per_microbatch", [1, 5])
+def test_mean_and_largest_log_ratio_of_the_sampled_tokens_by_hand(
+    models: Models, rows_per_microbatch: int
+) -> None:
+    # code has rows of 5, 2 and 5 own tokens: |offsets| sum to 1.875 + 0.25 + 1.875 = 4 over 12;
+    # mathematics 6 and 1: 1.875 + 0 over 7; the largest is 1 in both, the 2.0 belongs to a 7th
+    model, teachers = models()
+    rows = sampled_by_another(model, examples())
+    metrics = Update(model, teachers, rows, rows_per_microbatch=rows_per_microbatch).metrics
+    wanted = {
+        "sampler_gap/code": 4 / 12,
+        "sampler_gap/mathematics": 1.875 / 7,
+        "sampler_gap": 5.875 / 19,
+        "sampler_gap_max/code": 1.0,
+        "sampler_gap_max/mathematics": 1.0,
+        "sampler_gap_max": 1.0,
+    }
+    found = {name: metrics[name].item() for name in wanted}
+    assert found == pytest.approx(wanted, rel=1e-4)

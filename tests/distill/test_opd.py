@@ -36,23 +36,6 @@ DOMAINS: tuple[str, ...] = ("mathematics", "code")
 DOMAIN_TEACHERS = [f"specialist/{domain}" for domain in DOMAINS]
 
 
-@pytest.fixture
-def make_job(stages: dict[str, Path], tmp_path: Path) -> Callable[[str], Job]:
-    """`make_job(name)`: a job with a folder of its own; prompts of two domains lie beside it."""
-    for domain in DOMAINS:
-        rows = [{"prompt": f"{domain} {i}", "answer": str(i)} for i in range(12)]
-        lines = "".join(json.dumps(row) + "\n" for row in rows)
-        (tmp_path / f"{domain}.jsonl").write_text(lines)
-
-    def make(name: str) -> Job:
-        out = tmp_path / name
-        out.mkdir()
-        metrics = Metrics(out / "metrics.jsonl", stage="opd")
-        return Job(out, stages, tmp_path, seed=0, num_threads=1, metrics=metrics)
-
-    return make
-
-
 def stage(*, teachers: Mapping[str, Any] | None = None, **distill: Any) -> OpdStage:
     return OpdStage.model_validate(
         {

@@ -84,7 +84,7 @@ def test_ranks_go_on_from_a_saved_state_to_the_same_bits(
 
 def test_every_row_is_dealt_to_one_rank() -> None:
     examples = [
-        Example("d", {f"t{i % 2}": 1.0}, [i] * (i + 1), [i], [i]) for i in reversed(range(7))
+        Example("d", {f"t{i % 2}": 1.0}, [i] * (i + 1), [i], [i], [0.0]) for i in reversed(range(7))
     ]
     rows = [ScoredExample(example, {}) for example in examples]
     for num_ranks in (1, 3, 9):

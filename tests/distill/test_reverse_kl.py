@@ -110,7 +110,7 @@ def test_value_and_gradients_equal_the_dense_float64_reference(
         torch.testing.assert_close(ours.double(), reference, rtol=rtol, atol=atol)
 
 
-def test_every_teachers_kl_and_the_entropy_equal_the_reference() -> None:
+def test_every_teachers_kl_the_entropy_and_the_logsumexp_equal_the_reference() -> None:
     problem = Problem()
     kl = problem.solve(temperature=0.7)
     for i, teacher in enumerate(problem.teachers):
@@ -119,6 +119,7 @@ def test_every_teachers_kl_and_the_entropy_equal_the_reference() -> None:
     logits = (problem.hidden @ problem.head.T).detach() / 0.7
     entropy = torch.distributions.Categorical(logits=logits).entropy()
     torch.testing.assert_close(kl.entropy, entropy, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(kl.logsumexp, logits.logsumexp(dim=-1), rtol=1e-12, atol=1e-12)
     mixed = (problem.mixture * kl.per_teacher).sum(dim=-1)
     torch.testing.assert_close(kl.per_token, mixed, rtol=1e-12, atol=0)
 

@@ -25,6 +25,7 @@ def run(num_ranks: int, out: Path) -> list[dict[str, Any]]:
         **os.environ,
         "OMP_NUM_THREADS": "1",
         "WORLD_SIZE": str(num_ranks),
+        "PYTHONPATH": str(RANK.parents[2]),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
     }

@@ -86,7 +86,8 @@ def solve(hidden: Tensor, head: Head, teachers: list[tuple[Tensor, Head]]) -> li
     assert head.bias is not None
     leaves = (hidden, head.weight, head.bias)
     kl: ReverseKL = reverse_kl(hidden, head, teachers, temperature=0.7, tile_rows=4)
-    return [kl.loss.detach(), kl.per_teacher, kl.entropy, *torch.autograd.grad(kl.loss, leaves)]
+    values = (kl.loss.detach(), kl.per_teacher, kl.entropy, kl.logsumexp)
+    return [*values, *torch.autograd.grad(kl.loss, leaves)]
 
 
 @pytest.mark.parametrize("num_teachers", [1, 3])
@@ -150,7 +151,8 @@ def test_16_bit_numbers_are_multiplied_as_they_are_and_summed_in_float32(
         request.getfixturevalue("narrow_products")
     monkeypatch.setattr(reverse_kl_tile, "use_kernels", lambda x: uses_kernels)  # pyright: ignore[reportUnknownLambdaType]
     found = problem(torch.bfloat16)
-    assert [x.dtype for x in found] == [torch.float32] * 3 + [torch.bfloat16] * 3
+    dtypes = [*[torch.float32] * 3, torch.float64, *[torch.bfloat16] * 3]
+    assert [x.dtype for x in found] == dtypes
     for i, (ours, reference) in enumerate(zip(found, wanted, strict=True)):
         tolerance = 1e-5 if i < 3 else 2**-6  # the logits' gradient and the result are rounded
         atol = tolerance * float(reference.abs().max())

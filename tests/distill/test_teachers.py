@@ -62,7 +62,14 @@ def examples(count: int = 10, seed: int = 0) -> list[Example]:
 
 def example(input_ids: list[int], positions: list[int], *names: str) -> Example:
     weights = {name: 1 / len(names) for name in names}
-    return Example("d", weights, input_ids, positions, sampled=[3] * len(positions))
+    return Example(
+        "d",
+        weights,
+        input_ids,
+        positions,
+        sampled=[3] * len(positions),
+        sampler_logp=[0.0] * len(positions),
+    )
 
 
 def only(row: ScoredExample) -> Tensor:
