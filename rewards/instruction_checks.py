@@ -1,6 +1,7 @@
 """One function per verifiable instruction: what is wrong with the response, empty if nothing is.
 
 Names, arguments and meanings are IFEval's (arXiv 2311.07911, table 1); `posttrain:repeat` is ours.
+Sentences are counted by their end marks, not by nltk, and languages told by `rewards.languages`.
 Every pattern runs in linear time, whatever the response.
 """
 
@@ -11,28 +12,15 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 
+from rewards.languages import language_of
 from rewards.score import shown
+from rewards.texts import miscount, paragraphs, sentences, words
 
 Check = Callable[..., str]
 
 
-def _count(what: str, found: int, wanted: int, relation: str = "exactly") -> str:
-    holds = {
-        "at least": found >= wanted,
-        "less than": found < wanted,
-        "exactly": found == wanted,
-    }
-    if relation not in holds:
-        raise TypeError(f"relation {relation!r} is none of {', '.join(holds)}")
-    return "" if holds[relation] else f"{found} {what}, needed {relation} {wanted}"
-
-
 def _occurrences(response: str, keyword: str) -> int:
     return response.lower().count(keyword.lower())
-
-
-def _paragraphs(response: str, mark: str = "***") -> list[str]:
-    return [part.strip() for part in response.split(mark)]
 
 
 def existence(response: str, *, keywords: Sequence[str]) -> str:
@@ -41,7 +29,7 @@ def existence(response: str, *, keywords: Sequence[str]) -> str:
 
 
 def frequency(response: str, *, keyword: str, frequency: int, relation: str) -> str:
-    return _count(f"times {keyword!r}", _occurrences(response, keyword), frequency, relation)
+    return miscount(f"times {keyword!r}", _occurrences(response, keyword), frequency, relation)
 
 
 def forbidden_words(response: str, *, forbidden_words: Sequence[str]) -> str:
@@ -51,32 +39,31 @@ def forbidden_words(response: str, *, forbidden_words: Sequence[str]) -> str:
 
 
 def letter_frequency(response: str, *, letter: str, let_frequency: int, let_relation: str) -> str:
-    return _count(
+    return miscount(
         f"letters {letter!r}", _occurrences(response, letter), let_frequency, let_relation
     )
 
 
 def number_words(response: str, *, num_words: int, relation: str) -> str:
-    return _count("words", len(re.findall(r"\w+", response)), num_words, relation)
+    return miscount("words", len(words(response)), num_words, relation)
 
 
 def number_sentences(response: str, *, num_sentences: int, relation: str) -> str:
-    parts = re.split(r"(?<=[.!?])[\"')\]]?\s", response.strip())
-    return _count("sentences", sum(map(bool, parts)), num_sentences, relation)
+    return miscount("sentences", len(sentences(response)), num_sentences, relation)
 
 
 def number_paragraphs(response: str, *, num_paragraphs: int) -> str:
-    parts = _paragraphs(response)
+    parts = paragraphs(response)
     if not all(parts[1:-1]):
         return "an empty paragraph"
-    return _count("paragraphs", sum(map(bool, parts)), num_paragraphs)
+    return miscount("paragraphs", sum(map(bool, parts)), num_paragraphs)
 
 
 def nth_paragraph_first_word(
     response: str, *, num_paragraphs: int, nth_paragraph: int, first_word: str
 ) -> str:
-    parts = [part for part in _paragraphs(response, "\n\n") if part]
-    if problem := _count("paragraphs", len(parts), num_paragraphs):
+    parts = [part for part in paragraphs(response, "\n\n") if part]
+    if problem := miscount("paragraphs", len(parts), num_paragraphs):
         return problem
     words = parts[nth_paragraph - 1].split() if 0 < nth_paragraph <= len(parts) else []
     first = words[0].strip("\"'.,?!").lower() if words else ""
@@ -87,7 +74,7 @@ def nth_paragraph_first_word(
 
 def number_placeholders(response: str, *, num_placeholders: int) -> str:
     found = re.findall(r"\[[^\[\]\n]*\]", response)
-    return _count("placeholders", len(found), num_placeholders, "at least")
+    return miscount("placeholders", len(found), num_placeholders, "at least")
 
 
 def postscript(response: str, *, postscript_marker: str) -> str:
@@ -96,7 +83,7 @@ def postscript(response: str, *, postscript_marker: str) -> str:
 
 def number_bullet_lists(response: str, *, num_bullets: int) -> str:
     found = re.findall(r"^[ \t]*(?:\*[^*\n]|-)", response, re.MULTILINE)
-    return _count("bullets", len(found), num_bullets)
+    return miscount("bullets", len(found), num_bullets)
 
 
 def constrained_response(response: str) -> str:
@@ -106,12 +93,12 @@ def constrained_response(response: str) -> str:
 
 def number_highlighted_sections(response: str, *, num_highlights: int) -> str:
     found = [text for text in re.findall(r"\*\*?([^\n*]+)\*\*?", response) if text.strip()]
-    return _count("highlighted sections", len(found), num_highlights, "at least")
+    return miscount("highlighted sections", len(found), num_highlights, "at least")
 
 
 def multiple_sections(response: str, *, section_spliter: str, num_sections: int) -> str:
     found = re.findall(rf"{re.escape(section_spliter)}\s?\d+", response)
-    return _count("sections", len(found), num_sections, "at least")
+    return miscount("sections", len(found), num_sections, "at least")
 
 
 def json_format(response: str) -> str:
@@ -132,7 +119,7 @@ def title(response: str) -> str:
 
 
 def two_responses(response: str) -> str:
-    parts = _paragraphs(response, "******")
+    parts = paragraphs(response, "******")
     inner = parts[(not parts[0]) : len(parts) - (not parts[-1])]
     if len(inner) != 2 or not all(inner):
         return f"{len(inner)} responses between ******, needed 2"
@@ -156,8 +143,8 @@ def quotation(response: str) -> str:
 
 
 def capital_word_frequency(response: str, *, capital_frequency: int, capital_relation: str) -> str:
-    found = [word for word in re.findall(r"\w+", response) if word.isupper()]
-    return _count("words in capitals", len(found), capital_frequency, capital_relation)
+    found = [word for word in words(response) if word.isupper()]
+    return miscount("words in capitals", len(found), capital_frequency, capital_relation)
 
 
 def english_capital(response: str) -> str:
@@ -166,6 +153,11 @@ def english_capital(response: str) -> str:
 
 def english_lowercase(response: str) -> str:
     return "" if response.islower() else "not all in lower case"
+
+
+def response_language(response: str, *, language: str) -> str:
+    found = language_of(response)
+    return "" if found == language else f"in {found!r}, needed {language!r}"
 
 
 def no_comma(response: str) -> str:
@@ -202,15 +194,13 @@ CHECKS: Mapping[str, Check] = {
     "change_case:english_capital": english_capital,
     "change_case:english_lowercase": english_lowercase,
     "punctuation:no_comma": no_comma,
+    "language:response_language": response_language,
     "posttrain:repeat": repeat,
 }
 
 
-def _arguments(check: Check) -> tuple[set[str], set[str]]:
+def arguments_of(check: Check) -> tuple[set[str], set[str]]:
+    """The kwargs a check needs, and all that it takes."""
     options = list(inspect.signature(check).parameters.values())[1:]
     required = {option.name for option in options if option.default is option.empty}
     return required, {option.name for option in options}
-
-
-ARGUMENTS = {name: _arguments(check) for name, check in CHECKS.items()}
-"""The kwargs each instruction needs, and all that it takes."""

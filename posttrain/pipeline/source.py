@@ -29,7 +29,7 @@ REWARD_TABLE = "rewards.registry"
 
 LIBRARIES = (
     *("torch", "transformers", "trl", "accelerate", "tokenizers", "peft", "datasets"),
-    *("math-verify", "reasoning-gym"),
+    *("math-verify", "py3langid", "reasoning-gym"),
 )
 
 MODULE_NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+(:\w+)?")

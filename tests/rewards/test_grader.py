@@ -102,7 +102,7 @@ def test_the_gold_answer_of_each_reward_scores_exactly_1(
     with Grader({reward: 1.0}) as grader:
         (score,) = grader.score([GradeItem(response, {**row, "response": "a demonstration"})])
     assert score.reward == 1.0
-    assert score.terms == {reward: 1.0}
+    assert score.terms[reward] == 1.0
     assert not grader.failures
 
 

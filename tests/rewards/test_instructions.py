@@ -117,6 +117,12 @@ TABLE: list[tuple[str, dict[str, Any], str, str]] = [
     ),
     ("change_case:english_capital", {}, "ALL OF IT", "ALL OF it"),
     ("change_case:english_lowercase", {}, "all of it", "All of it"),
+    (
+        "language:response_language",
+        {"language": "de"},
+        "Das ist ein kurzer Satz.",
+        "This is a short sentence.",
+    ),
     ("punctuation:no_comma", {}, "one two three", "one, two, three"),
     (
         "posttrain:repeat",
@@ -163,6 +169,48 @@ def test_all_instructions_must_hold() -> None:
     assert found.reason.startswith("change_case:english_lowercase")
 
 
+def test_the_share_that_is_followed_is_told_and_not_rewarded() -> None:
+    names = ["punctuation:no_comma", "change_case:english_lowercase", "startend:quotation"]
+    found = score("no commas here", instruction_id_list=names, kwargs=[{}, {}, {}])
+    assert (found.reward, found.terms) == (0.0, {"followed": 2 / 3})
+
+
+@pytest.mark.parametrize(
+    ("response", "strict", "loose"),
+    [
+        ('"all of it is quoted"', 1.0, 1.0),
+        ('Sure, here it is:\n"all of it is quoted"', 0.0, 1.0),
+        ('"all of it is quoted"\nAnything else?', 0.0, 1.0),
+        ('Sure:\n**"all of it is quoted"**\nAnything else?', 0.0, 1.0),
+        ("Sure:\nnothing is quoted\nAnything else?", 0.0, 0.0),
+        ('Sure:\n\n"all of it is quoted"\nor\nnot?', 0.0, 0.0),
+    ],
+)
+def test_loose_forgives_an_introduction_and_bold_type(
+    response: str, strict: float, loose: float
+) -> None:
+    row: dict[str, Any] = {"instruction_id_list": ["startend:quotation"], "kwargs": [{}]}
+    assert score(response, **row).reward == strict
+    assert score(response, **row, loose=True).reward == loose
+
+
+@pytest.mark.parametrize(
+    ("language", "text"),
+    [
+        ("en", "The weather is fine today and we go out."),
+        ("hi", "यह हिंदी में लिखा गया है"),
+        ("ru", "Это написано по-русски сегодня"),
+        ("sw", "Hii ni sentensi ya Kiswahili kuhusu maisha"),
+        ("pt", "Hoje n\u00e3o vamos sair porque est\u00e1 chovendo muito."),
+    ],
+)
+def test_languages_are_told_apart(language: str, text: str) -> None:
+    for asked in ("en", "hi", "ru", "sw", "pt"):
+        row: dict[str, Any] = {"kwargs": [{"language": asked}]}
+        found = score(text, instruction_id_list=["language:response_language"], **row)
+        assert found.reward == float(asked == language)
+
+
 def test_the_nulls_of_published_rows_are_no_arguments() -> None:
     kwargs: list[dict[str, Any] | None] = [{"keywords": None, "num_words": None}, None]
     names = ["punctuation:no_comma", "change_case:english_lowercase"]
@@ -173,7 +221,7 @@ def test_the_nulls_of_published_rows_are_no_arguments() -> None:
     ("names", "kwargs", "message"),
     [
         (["keywords:existance"], [{}], "keywords:existence"),
-        (["language:response_language"], [{"language": "de"}], "posttrain:repeat"),
+        (["language:response_lang"], [{"language": "de"}], "posttrain:repeat"),
         (["keywords:existence"], [{}], "takes keywords in kwargs"),
         (["punctuation:no_comma"], [{"num_words": 3}], "takes nothing"),
         (["punctuation:no_comma"], [], "same length"),
