@@ -53,10 +53,11 @@ def parse(source: str) -> ast.expr:
     return tree
 
 
-def evaluate(tree: ast.expr, *, x: object) -> object:
-    """The value of the expression for this `x`; ExpressionError where it has none."""
+def evaluate(tree: ast.expr, **names: object) -> object:
+    """The value of the expression where these names have values, mostly `x` alone; ExpressionError
+    where it has none."""
     try:
-        return _Evaluation().value(tree, {"x": x})
+        return _Evaluation().value(tree, names)
     except TooLarge as error:
         raise ExpressionError(str(error)) from error
     except ExpressionError:

@@ -75,3 +75,118 @@ def test_bad_gold_is_an_error(call: dict[str, Any]) -> None:
         score("42", answer="42", messages=conversation(CALL), call=call)
     with pytest.raises(RewardError, match="answer"):
         score("42", messages=conversation(CALL), call=CALL)
+
+
+def turns(*calls: dict[str, Any]) -> list[dict[str, Any]]:
+    return [{"role": "assistant", "content": "", "tool_calls": [call]} for call in calls]
+
+
+def put(key: str, value: str) -> dict[str, Any]:
+    return {"name": "set", "arguments": {"key": key, "value": value}}
+
+
+STORE = {"kind": "store", "start": {"a": "1"}}
+
+
+def test_all_calls_and_no_others_may_be_asked_for() -> None:
+    first, second = put("a", "1"), put("b", "2")
+    for made, in_order, in_any in (
+        ([first, second], 1.0, 1.0),
+        ([second, first], 0.0, 1.0),
+        ([first], 0.0, 0.0),
+        ([first, second, second], 0.0, 0.0),
+        ([first, first], 0.0, 0.0),
+        ([], 0.0, 0.0),
+    ):
+        found = score("", calls=[first, second], messages=turns(*made))
+        assert found.reward == in_order
+        found = score("", calls=[first, second], messages=turns(*made), is_ordered=False)
+        assert found.reward == in_any
+    assert score("no tool helps", calls=[], messages=turns()).reward == 1.0
+
+
+def test_an_argument_left_out_is_its_default() -> None:
+    schema = {"type": "object", "properties": {"unit": {"default": "C"}, "city": {}}}
+    tools = [{"name": "weather", "parameters": schema}]
+    wanted = {"name": "weather", "arguments": {"city": "Oslo", "unit": "C"}}
+    made = {"name": "weather", "arguments": {"city": "Oslo"}}
+    assert score("", calls=[wanted], tools=tools, messages=turns(made)).reward == 1.0
+    assert score("", calls=[wanted], messages=turns(made)).reward == 0.0
+    other = {"name": "weather", "arguments": {"city": "Oslo", "unit": "F"}}
+    assert score("", calls=[wanted], tools=tools, messages=turns(other)).reward == 0.0
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        {"name": "add", "arguments": {"a": 1}},
+        {"name": "add", "arguments": {"a": 1, "b": "2"}},
+        {"name": "add", "arguments": {"a": 1, "b": 2, "c": 3}},
+        {"name": "add", "arguments": [1, 2]},
+        {"name": "add"},
+        {"name": "sub", "arguments": {"a": 1, "b": 2}},
+        {},
+    ],
+)
+def test_a_call_outside_its_schema_scores_0(call: dict[str, Any]) -> None:
+    number = {"type": "number"}
+    schema = {
+        "type": "object",
+        "properties": {"a": number, "b": number},
+        "required": ["a", "b"],
+        "additionalProperties": False,
+    }
+    tools = [{"name": "add", "parameters": schema}]
+    good = {"name": "add", "arguments": {"a": 1, "b": 2}}
+    assert score("3", answer="3", tools=tools, messages=turns(good)).reward == 1.0
+    found = score("3", answer="3", tools=tools, messages=turns(good, call))
+    assert found.reward == 0.0
+    assert "an invalid call" in found.reason
+    assert found.terms == {"calls": 2.0, "valid": 0.5}
+
+
+def test_where_an_environment_ends_is_what_counts() -> None:
+    delete = {"name": "delete", "arguments": {"key": "a"}}
+    missing = {"name": "get", "arguments": {"key": "x"}}
+    golds: list[dict[str, Any]] = [{"state": {"b": "2"}}, {"solution": [delete, put("b", "2")]}]
+    for made, reward in (
+        ([put("b", "2"), delete], 1.0),
+        ([missing, put("b", "3"), put("b", "2"), delete], 1.0),  # errors and detours do not hurt
+        ([put("b", "2")], 0.0),
+        ([put("b", "2"), delete, put("c", "3")], 0.0),
+        ([], 0.0),
+    ):
+        for gold in golds:
+            found = score("done", environment=STORE, messages=turns(*made), **gold)
+            assert found.reward == reward, (made, found.reason)
+            found = score("no", environment=STORE, messages=turns(*made), answer="done", **gold)
+            assert found.reward == 0.0
+
+
+def test_a_conversation_of_several_turns_in_a_database() -> None:
+    script = "CREATE TABLE stock (name TEXT, n INT); INSERT INTO stock VALUES ('tea', 3)"
+    world = {"kind": "database", "start": script}
+    sale = "UPDATE stock SET n = n - 2 WHERE name = 'tea'"
+    sql = [{"name": "sql", "arguments": {"statement": s}} for s in (sale, "SELECT n FROM stock")]
+    messages = [{"role": "user", "content": "sell two"}, *turns(*sql)]
+    row: dict[str, Any] = {"environment": world, "answer": "1", "solution": sql[:1]}
+    assert score("1", messages=messages, **row).reward == 1.0
+    assert score("1", messages=messages[:1], **row).reward == 0.0  # guessed
+    assert score("3", messages=messages, **row).reward == 0.0
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"state": {"a": "1"}},
+        {"environment": STORE, "state": {}, "solution": []},
+        {"environment": STORE, "state": {"a": "1"}},  # silence would do
+        {"environment": {"kind": "shop"}, "state": {}},
+        {"calls": [{"name": 5}]},
+        {"answer": "3", "tools": [{"parameters": {}}]},
+        {"answer": "3", "tools": [{"name": "f", "parameters": {"type": 5}}]},
+    ],
+)
+def test_gold_that_cannot_be_graded_is_an_error(row: dict[str, Any]) -> None:
+    with pytest.raises(RewardError):
+        score("3", messages=turns({"name": "f", "arguments": {}}), **row)
