@@ -48,6 +48,21 @@ class GuardConfig(Config):
     on with other prompts, once in a run; after as many again the run stops."""
 
 
+class AllocationConfig(Config):
+    """How a step's prompts are shared out among the domains."""
+
+    by: Literal["even", "kl"] = "even"
+    """`even`: the same number for each, give or take one; `kl`: in proportion to its `kl/<domain>`
+    of the steps learned so far. Each domain's share of the loss stays what it was; what was dealt
+    is logged as `prompts/<domain>`."""
+    floor: float = Field(default=0.5, gt=0, le=1)
+    """A domain's prompts are at least so many times the even share, with `kl`."""
+    ceiling: float = Field(default=2.0, ge=1)
+    """A domain's prompts are at most so many times the even share, with `kl`."""
+    smoothing: float = Field(default=0.9, ge=0, lt=1)
+    """How much of a domain's smoothed KL the next step's leaves standing, with `kl`."""
+
+
 class LearnersConfig(Config):
     """The processes that learn together; they take the steps that one would take."""
 
@@ -66,7 +81,9 @@ class DistillConfig(Config):
     num_steps: int = Field(default=80, ge=1)
     """Optimizer steps; each one samples, scores and learns once."""
     prompts_per_step: int = Field(default=96, ge=1)
-    """One rollout per prompt, spread evenly over all domains."""
+    """One rollout per prompt, over all domains."""
+    allocation: AllocationConfig = AllocationConfig()
+    """How they are shared out among the domains."""
     start: str = "base"
     """Where the student starts: "base", "average", or an input such as "specialist/mathematics"."""
     temperature: float = Field(default=1.0, gt=0)
@@ -140,6 +157,16 @@ class DistillConfig(Config):
                 f"kl_to_base is {self.kl_to_base:g}, but divergence.kind is "
                 f"{self.divergence.kind}, which would be taken of the base too: set kl_to_base to "
                 "0, or the kind to reverse_kl"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def more_prompts_are_no_more_loss(self) -> Self:
+        if self.allocation.by != "even" and self.denominator != "domain":
+            raise ValueError(
+                f"allocation.by is {self.allocation.by}, but with denominator {self.denominator} a "
+                "domain's prompts decide its share of the loss: set denominator to domain, or "
+                "allocation.by to even"
             )
         return self
 

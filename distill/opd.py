@@ -6,13 +6,14 @@ learns from the whole distribution at every token.
                      └──────────────── the student's new weights <──────────┘
 """
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 
+from distill.allocation import GapDeal
 from distill.asynchronous import Pipeline
 from distill.config import DistillConfig, OpdStage
 from distill.hiring import HASHES, open_pool
@@ -22,7 +23,7 @@ from distill.resume import StepCheckpoint
 from distill.rollouts import Batch, describe, read_along, requests_of
 from distill.roster import Rosters
 from distill.samplers import make_sampler
-from distill.schedule import Schedule
+from distill.schedule import EvenDeal, Schedule
 from distill.scores import heldout_requests, sampled_scores
 from distill.teachers import Teachers
 from posttrain.checkpoints import load_model, load_tokenizer, save_checkpoint
@@ -53,12 +54,13 @@ def work(stage: OpdStage, job: Job) -> None:
     job.metrics.rewind(first or -1)
     rosters.at(first)  # teachers that cannot teach are told before any work
     kept = KeptRollouts(job.out / "rollouts")
+    history = [record for record in job.metrics.records() if record["step"] > 0]
     with (
         open_tasks(stage, tokenizer, job) as tasks,
-        make_pipeline(stage, job, model, tasks, teachers, rosters, kept, first) as pipeline,
+        make_pipeline(stage, job, model, tasks, teachers, rosters, kept, history) as pipeline,
     ):
         score = scorer(model, tasks, config, job.seed)
-        tokens_seen = job.metrics.records()[-1]["tokens_seen"] if first else 0
+        tokens_seen = history[-1]["tokens_seen"] if first else 0
         if not first and (scores := score(0)):
             job.metrics.log(0, config.num_steps, tokens_seen=0, **scores)
         pipeline.publish(first)
@@ -76,6 +78,7 @@ def work(stage: OpdStage, job: Job) -> None:
             numbers |= describe(batch.rollouts, version=step, num_skipped=num_skipped)
             numbers |= {"tokens_seen": tokens_seen, "roster": version, **score(step + 1)}
             job.metrics.log(step + 1, config.num_steps, **numbers)
+            history.append(numbers)
             pipeline.publish(step + 1)
             if (step + 1) % config.checkpoint_every == 0:
                 pipeline.wait()
@@ -97,10 +100,11 @@ def make_pipeline(
     teachers: Teachers,
     rosters: Rosters,
     kept: KeptRollouts,
-    first: int,
+    history: Sequence[Mapping[str, Any]],
 ) -> Pipeline[tuple[Batch, OpdStage, int]]:
     """Makes the batches: samples what is not kept and lets the teachers read along; with each the
-    stage as it was when the batch was planned, and its roster's version."""
+    stage as it was when the batch was planned, and its roster's version. `history` has the records
+    of the steps that are learned, and grows."""
     config = stage.distill
     if config.max_staleness and config.teacher_dtype != "float32" and job.place is None:
         # transformers sets torch's default dtype, which threads share, while it loads a teacher
@@ -109,7 +113,7 @@ def make_pipeline(
             f"{config.teacher_dtype}, which needs teachers in a process of their own: raise "
             "cluster.num_workers to 2, or set max_staleness to 0 or teacher_dtype to float32"
         )
-    schedule = make_schedule(tasks, config.prompts_per_step, job.seed)
+    schedule = make_schedule(tasks, config, job.seed, history)
     sampler = make_sampler(config, job, model, str(job.inputs[config.start] / "checkpoint"))
 
     def plan(step: int, version: int) -> Callable[[], tuple[Batch, OpdStage, int]]:
@@ -134,7 +138,8 @@ def make_pipeline(
 
         return make
 
-    return Pipeline(plan, first=first, num_steps=config.num_steps, depth=config.max_staleness)
+    first, depth = len(history), config.max_staleness
+    return Pipeline(plan, first=first, num_steps=config.num_steps, depth=depth)
 
 
 @contextmanager
@@ -168,7 +173,12 @@ def scorer(
     return score
 
 
-def make_schedule(tasks: Mapping[str, Task], prompts_per_step: int, seed: int) -> Schedule:
+def make_schedule(
+    tasks: Mapping[str, Task],
+    config: DistillConfig,
+    seed: int,
+    history: Sequence[Mapping[str, Any]],
+) -> Schedule:
     """Over the tasks' training rows. Raises DataError where a domain has none."""
     num_rows = {name: len(task.train) for name, task in tasks.items()}
     empty = sorted(name for name, count in num_rows.items() if count == 0)
@@ -177,4 +187,12 @@ def make_schedule(tasks: Mapping[str, Task], prompts_per_step: int, seed: int) -
             f"no prompts to distil on in {', '.join(empty)}: all are held out; give more rows or "
             "lower heldout_share"
         )
-    return Schedule(num_rows, prompts_per_step, seed)
+    domains, how = list(num_rows), config.allocation
+    if how.by == "even":
+        deal = EvenDeal(domains, config.prompts_per_step)
+    else:
+        bounds = how.model_dump(exclude={"by"})
+        deal = GapDeal(
+            domains, config.prompts_per_step, history, lag=config.max_staleness, **bounds
+        )
+    return Schedule(num_rows, deal, seed)

@@ -85,7 +85,8 @@ def token_versions(rollout: Rollout) -> list[int]:
 
 
 def describe(rollouts: Sequence[Rollout], *, version: int, num_skipped: int) -> dict[str, float]:
-    """`length/<domain>`: mean own tokens; `truncated/<domain>`: share cut at max_new_tokens;
+    """`prompts/<domain>`: rollouts; `length/<domain>`: their mean own tokens; `truncated/<domain>`:
+    share cut at max_new_tokens;
     `staleness`: versions from those that sampled to the learner's `version`, a rollout's mean,
     `staleness_max` a token's largest; `skipped`: rollouts without an own token."""
     numbers: dict[str, float] = {"skipped": num_skipped}
@@ -96,6 +97,7 @@ def describe(rollouts: Sequence[Rollout], *, version: int, num_skipped: int) -> 
     for rollout in rollouts:
         by_domain[rollout.domain].append(rollout)
     for domain, group in by_domain.items():
+        numbers[f"prompts/{domain}"] = len(group)
         numbers[f"length/{domain}"] = sum(sum(r.is_own) for r in group) / len(group)
         is_cut = [r.finish_reason == "length" for r in group]
         numbers[f"truncated/{domain}"] = sum(is_cut) / len(group)

@@ -1,15 +1,15 @@
-"""What a step samples: a pure function of the step, so a resume needs no state and no counter can
-drift away from another.
+"""What a step samples: a pure function of the step and of what was logged of earlier ones, so a
+resume needs no state and no counter can drift away from another.
 
-Prompts are dealt to the domains like cards: prompt k of the run goes to domain k mod D, and is
-that domain's visit k div D. A domain's visits walk through its rows in an order that is drawn
-afresh for every pass (epoch).
+A deal says how many prompts each domain has had before a step. A domain's visits walk through its
+rows in an order that is drawn afresh for every pass (epoch).
 """
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Protocol
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,26 +24,47 @@ class Visit:
     """Earlier visits of the same row: a fresh `sample` number for its rollout."""
 
 
+class Deal(Protocol):
+    """Shares the prompts of all steps out among the domains."""
+
+    def before(self, step: int) -> Mapping[str, int]:
+        """How many each domain has had before step 0, 1, ..."""
+        ...
+
+
+@dataclass(frozen=True)
+class EvenDeal:
+    """Like cards: prompt k of the run goes to domain k mod D."""
+
+    domains: Sequence[str]
+    prompts_per_step: int
+
+    def before(self, step: int) -> Mapping[str, int]:
+        """As in `Deal`."""
+        dealt, num_domains = step * self.prompts_per_step, len(self.domains)
+        return {
+            domain: (dealt - place + num_domains - 1) // num_domains
+            for place, domain in enumerate(self.domains)
+        }
+
+
 @dataclass(frozen=True)
 class Schedule:
-    """Which prompts each step samples, the same number (give or take one) from each domain."""
+    """Which prompts each step samples."""
 
     num_rows: Mapping[str, int]
     """Training rows of each domain."""
 
-    prompts_per_step: int
+    deal: Deal
     seed: int
 
     def visits(self, step: int) -> list[Visit]:
         """The visits of step 0, 1, ...; those of one domain stand together."""
-        domains = list(self.num_rows)
-        start = step * self.prompts_per_step
-        dealt = range(start, start + self.prompts_per_step)
+        before, after = self.deal.before(step), self.deal.before(step + 1)
         return [
-            self._visit(domain, k // len(domains))
-            for place, domain in enumerate(domains)
-            for k in dealt
-            if k % len(domains) == place
+            self._visit(domain, number)
+            for domain in self.num_rows
+            for number in range(before[domain], after[domain])
         ]
 
     def _visit(self, domain: str, number: int) -> Visit:

@@ -127,3 +127,12 @@ def killed(monkeypatch: pytest.MonkeyPatch) -> Callable[[OpdStage, Job, int], No
                 work(stage, job)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def without_time() -> Callable[[Job], list[dict[str, Any]]]:
+    """`without_time(job)`: what it logged, but for the seconds."""
+    return lambda job: [
+        {name: value for name, value in record.items() if name != "seconds"}
+        for record in job.metrics.records()
+    ]

@@ -4,13 +4,13 @@ from collections import Counter
 
 import pytest
 
-from distill.schedule import Schedule, Visit
+from distill.schedule import EvenDeal, Schedule, Visit
 
 ROWS = {"mathematics": 7, "code": 5, "agent": 11}
 
 
 def visits(steps: range, *, prompts_per_step: int = 8, seed: int = 0) -> list[Visit]:
-    schedule = Schedule(ROWS, prompts_per_step, seed)
+    schedule = Schedule(ROWS, EvenDeal(list(ROWS), prompts_per_step), seed)
     return [visit for step in steps for visit in schedule.visits(step)]
 
 

@@ -1,0 +1,147 @@
+"""Prompts go where the KL is larger: bounded, smoothed, and by logged numbers alone."""
+
+import random
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from distill.allocation import GapDeal, bounded_shares, completed, smoothed
+from distill.config import DistillConfig, OpdStage
+from distill.opd import work
+from posttrain.checkpoints import load_model
+from posttrain.job import Job
+
+DOMAINS: tuple[str, ...] = ("a", "b", "c")
+Records = list[dict[str, Any]]
+
+
+def deal(history: Records, *, lag: int = 0, prompts_per_step: int = 10, **how: float) -> GapDeal:
+    bounds = {"floor": 0.5, "ceiling": 2.0, "smoothing": 0.5, **how}
+    return GapDeal(DOMAINS, prompts_per_step, history, lag=lag, **bounds)
+
+
+def drawn(num_steps: int, seed: int = 0) -> Records:
+    """Records of KLs between 0 and 1."""
+    generator = random.Random(seed)
+    return [{f"kl/{domain}": generator.random() for domain in DOMAINS} for _ in range(num_steps)]
+
+
+def counts(given: GapDeal, step: int) -> list[int]:
+    before, after = given.before(step), given.before(step + 1)
+    return [after[domain] - before[domain] for domain in DOMAINS]
+
+
+def test_shares_are_in_proportion_between_floor_and_ceiling_by_hand() -> None:
+    # of 10 the even share is 1/4, so shares lie between 1/8 and 1/2. 8/10 and 0 are out of bounds;
+    # what these leave, 1 - 1/2 - 1/8 = 3/8, is for the other two, which are alike
+    found = bounded_shares({"a": 8.0, "b": 1.0, "c": 1.0, "d": 0.0}, floor=0.5, ceiling=2.0)
+    assert found == pytest.approx({"a": 1 / 2, "b": 3 / 16, "c": 3 / 16, "d": 1 / 8}, abs=1e-12)
+    inside = bounded_shares({"a": 3.0, "b": 2.0, "c": 1.0}, floor=0.1, ceiling=3.0)
+    assert inside == pytest.approx({"a": 1 / 2, "b": 1 / 3, "c": 1 / 6}, abs=1e-12)
+    nothing = bounded_shares({"a": 0.0, "b": 0.0}, floor=0.5, ceiling=2.0)
+    assert nothing == {"a": 1 / 2, "b": 1 / 2}
+
+
+def test_shares_sum_to_one_and_keep_the_order_of_the_gaps_whatever_they_are() -> None:
+    generator = random.Random(1)
+    for _ in range(200):
+        gaps = {f"d{i}": generator.choice([0.0, generator.random() ** 9]) for i in range(7)}
+        floor, ceiling = generator.uniform(0.01, 1), generator.uniform(1, 9)
+        shares = bounded_shares(gaps, floor=floor, ceiling=ceiling)
+        assert sum(shares.values()) == pytest.approx(1, abs=1e-9)
+        assert min(shares.values()) >= floor / 7 - 1e-12
+        assert max(shares.values()) <= ceiling / 7 + 1e-12
+        order = sorted(gaps, key=lambda domain: gaps[domain])
+        assert all(shares[x] <= shares[y] for x, y in pairwise(order))
+
+
+def test_gaps_are_smoothed_and_what_is_not_known_changes_none() -> None:
+    # 1, then 0.75 * 1 + 0.25 * 3; a KL below zero is rounding
+    first = smoothed({}, {"kl/a": 1.0, "kl/b": -1e-9}, DOMAINS, 0.75)
+    assert first == {"a": 1.0, "b": 0.0}
+    after = smoothed(first, {"kl/a": 3.0, "kl/b": None, "kl/c": float("nan")}, DOMAINS, 0.75)
+    assert after == {"a": 1.5, "b": 0.0}
+    assert completed(after, DOMAINS) == {"a": 1.5, "b": 0.0, "c": 0.75}
+    assert completed({}, DOMAINS) == dict.fromkeys(DOMAINS, 1.0)
+
+
+def test_the_first_steps_are_dealt_evenly_and_then_by_the_gaps() -> None:
+    # gaps 3 : 2 : 1 of 12 prompts, within the bounds of 2 and 8
+    history: Records = [{"kl/a": 0.3, "kl/b": 0.2, "kl/c": 0.1}] * 3
+    given = deal(history, prompts_per_step=12)
+    assert [counts(given, step) for step in range(3)] == [[4, 4, 4], [6, 4, 2], [6, 4, 2]]
+
+
+@pytest.mark.parametrize("prompts_per_step", [1, 7, 40])
+def test_every_step_has_all_its_prompts_and_every_domain_its_share_of_them_in_the_long_run(
+    prompts_per_step: int,
+) -> None:
+    history = drawn(60)
+    given = deal(history, prompts_per_step=prompts_per_step)
+    owed = dict.fromkeys(DOMAINS, 0.0)
+    gaps: dict[str, float] = {}
+    for step in range(60):
+        assert sum(counts(given, step)) == prompts_per_step
+        shares = bounded_shares(completed(gaps, DOMAINS), floor=0.5, ceiling=2.0)
+        for domain, share in shares.items():
+            owed[domain] += share * prompts_per_step
+            assert abs(given.before(step + 1)[domain] - owed[domain]) < len(DOMAINS)
+        gaps = smoothed(gaps, history[step], DOMAINS, 0.5)
+
+
+@pytest.mark.parametrize("lag", [0, 1, 3])
+def test_a_deal_is_the_same_asked_step_by_step_or_at_once_and_knows_no_later_step(lag: int) -> None:
+    whole = drawn(30)
+    growing: Records = []
+    live = deal(growing, lag=lag)
+    for step in range(30):
+        resumed = deal(whole[: max(step - lag, 0)], lag=lag)  # no more is learned by then
+        assert resumed.before(step + 1) == live.before(step + 1)
+        growing.append(whole[step])
+    assert live.before(30) == deal(whole, lag=lag).before(30)
+    assert live.before(30) != deal(drawn(30, seed=1), lag=lag).before(30)
+
+
+def test_more_prompts_are_refused_where_they_would_be_more_loss() -> None:
+    for denominator in ("token", "sequence"):
+        with pytest.raises(ValidationError, match=f"with denominator {denominator} a domain's"):
+            DistillConfig.model_validate({"allocation": {"by": "kl"}, "denominator": denominator})
+    with pytest.raises(ValidationError, match="ceiling"):
+        DistillConfig.model_validate({"allocation": {"by": "kl", "ceiling": 0.9}})
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_a_killed_run_deals_the_prompts_that_a_straight_one_deals(
+    depth: int,
+    make_job: Callable[[str], Job],
+    make_stage: Callable[..., OpdStage],
+    killed: Callable[[OpdStage, Job, int], None],
+    without_time: Callable[[Job], list[dict[str, Any]]],
+) -> None:
+    how = {"by": "kl", "floor": 0.2, "ceiling": 1.8, "smoothing": 0.0}
+    asked = make_stage(
+        allocation=how,
+        max_staleness=depth,
+        prompts_per_step=10,
+        num_steps=5,
+        start="specialist/code",  # which has nothing to learn: a tenth of the prompts
+    )
+    straight, broken = make_job("straight"), make_job("killed")
+    work(asked, straight)
+    killed(asked, broken, 4)
+    work(asked, broken)
+    assert without_time(broken) == without_time(straight)
+    wanted = load_model(straight.out / "checkpoint").state_dict()
+    found = load_model(broken.out / "checkpoint").state_dict()
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in found.items())
+    records = straight.metrics.records()
+    dealt = [[record[f"prompts/{name}"] for name in ("mathematics", "code")] for record in records]
+    assert dealt[: depth + 1] == [[5, 5]] * (depth + 1)
+    assert dealt[depth + 1] == [9, 1]
+    for record in records:  # half the loss each, whatever its prompts
+        halves = 0.5 * record["kl/mathematics"] + 0.5 * record["kl/code"]
+        assert record["loss"] == pytest.approx(halves, rel=1e-6)
