@@ -79,7 +79,11 @@ class GrpoConfig(Config):
     """Reinforcement on a domain's reward: advantage = reward - the mean of the prompt's group."""
 
     num_steps: int = Field(default=50, ge=1)
-    """Optimizer steps; each samples afresh, so that every step is on-policy."""
+    """Optimizer steps."""
+    steps_per_sampling: int = Field(default=1, ge=1)
+    """Optimizer steps whose answers are sampled at once, by the weights before the first. 1: every
+    step is on-policy. More: the later ones are not, and `clip_low`, `clip_high`, `max_ratio` and
+    `off_policy_mask` bound by how much."""
     prompts_per_step: int = Field(default=16, ge=1)
     """Prompts in one step, spread evenly over the stage's domains."""
     samples_per_prompt: int = Field(default=8, ge=2)
@@ -88,8 +92,33 @@ class GrpoConfig(Config):
     """Answers in memory at once, a divisor of a step's; null: all. Changes speed and memory."""
     temperature: float = Field(default=1.0, gt=0)
     """The sampling's temperature and the loss's, which have to be one."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Sample from the likeliest tokens of this mass; the loss is over the same ones. 1: all."""
+    top_k: int = Field(default=0, ge=0)
+    """Sample from so many of the likeliest tokens; the loss is over the same ones. 0: all."""
+    clip_low: float = Field(default=0.2, gt=0, lt=1)
+    """The ratio p / p(sampled) is of no more use below 1 minus this."""
+    clip_high: float = Field(default=0.28, gt=0)
+    """The ratio is of no more use above 1 plus this: higher than `clip_low`, so that what is
+    unlikely may become likely (DAPO)."""
+    max_ratio: float | None = Field(default=None, gt=1)
+    """A token whose ratio is above this or below its inverse carries no gradient; the share is
+    logged as `tokens_masked`. null: none is."""
+    off_policy_mask: float | None = Field(default=None, gt=0)
+    """A worse than average answer whose mean of log p(sampled) / p is above this, in nats a token,
+    is left out (DeepSeek-V3.2); the share is logged as `rows_masked`. null: none is."""
+    keep_routing: bool = False
+    """Learn each token with the experts that sampled it (V4 models; DeepSeek-V3.2)."""
+    mask_truncated: bool = False
+    """Answers that max_new_tokens cut carry no loss; their reward stays in the group's mean."""
+    refill_rounds: int = Field(default=0, ge=0)
+    """How often a group whose answers all earn the same, which teach nothing, makes room for one of
+    another prompt; 0: never."""
     kl_weight: float = Field(default=0.0, ge=0)
-    """Weight of the KL to the checkpoint the stage started from; 0 keeps no reference in memory."""
+    """Weight of the KL to the reference; 0 keeps none in memory."""
+    reference_every: int | None = Field(default=None, ge=1)
+    """Steps after which the policy becomes the reference; null: it stays the checkpoint that the
+    stage started from."""
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=3e-4)
     """The optimizer and its schedule."""
     checkpoint_every: int = Field(default=20, ge=1)
@@ -102,6 +131,27 @@ class GrpoConfig(Config):
         part, whole = self.rows_per_microbatch, "prompts_per_step x samples_per_prompt"
         _divides("rows_per_microbatch", part, whole, self.rows_per_step)
         return self
+
+    @model_validator(mode="after")
+    def samplings_fill_a_checkpoint(self) -> Self:
+        part, whole = self.steps_per_sampling, self.checkpoint_every
+        _divides("steps_per_sampling", part, "checkpoint_every", whole)  # answers are not kept
+        return self
+
+    @model_validator(mode="after")
+    def the_reference_is_used(self) -> Self:
+        if self.reference_every and not self.kl_weight:
+            raise ValueError(
+                f"reference_every is {self.reference_every}, and kl_weight 0 uses no reference: "
+                "set kl_weight above 0, or reference_every to null"
+            )
+        return self
+
+    @property
+    def num_visits(self) -> int:
+        """Prompts that are answered, those of a last sampling beyond num_steps included."""
+        num_samplings = -(-self.num_steps // self.steps_per_sampling)
+        return num_samplings * self.steps_per_sampling * self.prompts_per_step
 
     @property
     def rows_per_step(self) -> int:

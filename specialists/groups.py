@@ -6,6 +6,8 @@ prompts are to be visited; a visit's group is sampled, scored and handed back as
 
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from random import Random
 from statistics import fmean, pstdev
 from typing import Any
 
@@ -13,6 +15,9 @@ from posttrain.domains import Row
 from posttrain.rollout.engine import Engine
 from posttrain.rollout.types import Rollout
 from posttrain.tasks import Task
+from rewards.score import Score
+from specialists.choices import fields_of
+from specialists.config import GrpoConfig
 
 FIELD = "score"
 """The extra field by which a rollout's reward goes through TRL to `handed_on`."""
@@ -23,8 +28,22 @@ def handed_on(score: Sequence[float], **_: Any) -> list[float | None]:
     return list(score)
 
 
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The answers to one prompt, and what they earned."""
+
+    rollouts: list[Rollout]
+    scores: list[Score]
+
+    @property
+    def spread(self) -> float:
+        """The rewards' standard deviation; where it is 0, so is every advantage."""
+        return pstdev(score.reward for score in self.scores)
+
+
 class GroupSampler:
-    """Called by TRL with a step's visits, each `group` times; returns one answer for each."""
+    """Called by TRL with the visits of a sampling, each once for every sample; returns one answer
+    for each."""
 
     def __init__(
         self,
@@ -32,61 +51,99 @@ class GroupSampler:
         tasks: Sequence[Task],
         visits: Sequence[tuple[int, Row]],
         *,
-        group: int,
-        temperature: float,
+        config: GrpoConfig,
+        seed: int,
     ) -> None:
+        """`visits` are (index of the task, row); `seed` decides which prompts take the place of
+        those whose group has no spread."""
         self.engine, self.tasks, self.visits = engine, tasks, visits
-        self.group, self.temperature = group, temperature
+        self.config, self.size, self._seed = config, config.samples_per_prompt, seed
         self._metrics: dict[str, float] = {}
+        self._scoring_s = 0.0
 
     def __call__(self, prompts: Sequence[str], trainer: Any) -> dict[str, list[Any]]:
         """The fields TRL asks for, and the rewards in `FIELD`, in the order of `prompts`."""
         self.engine.version = trainer.state.global_step
-        start = time.perf_counter()
-        visits = [int(prompt) for prompt in prompts[:: self.group]]
+        start, self._scoring_s = time.perf_counter(), 0.0
+        visits = [int(prompt) for prompt in prompts[:: self.size]]
         graders, tools = self._num_grader_failures(), self._num_tool_failures()
-        groups = self.sample(visits)
-        sampled = time.perf_counter()
-        rewards = self.score(visits, groups)
+        first = self.answered(visits)
+        groups, num_tokens, num_refills = self._refilled(first)
+        found = [groups[visit] for visit in visits]
         self._metrics = {
-            **self._summary(groups, rewards),
+            **self._summary(found),
+            "groups_without_spread": fmean(group.spread == 0 for group in first.values()),
+            **({"groups_refilled": num_refills} if self.config.refill_rounds else {}),
+            "tokens": num_tokens,
             "grader_failures": self._num_grader_failures() - graders,
             "tool_failures": self._num_tool_failures() - tools,
-            "sampling_s": round(sampled - start, 3),
-            "scoring_s": round(time.perf_counter() - sampled, 3),
+            "sampling_s": round(time.perf_counter() - start - self._scoring_s, 3),
+            "scoring_s": round(self._scoring_s, 3),
         }
-        return as_trl([rollout for group in groups for rollout in group], rewards)
+        return as_trl(
+            [rollout for group in found for rollout in group.rollouts],
+            [score.reward for group in found for score in group.scores],
+        )
 
     def read_metrics(self) -> dict[str, float]:
-        """The last step's."""
-        return self._metrics
+        """Those of the last sampling, once."""
+        found, self._metrics = self._metrics, {}
+        return found
 
-    def sample(self, visits: Sequence[int]) -> list[list[Rollout]]:
-        """A group for each visit. A visit's number makes its samples' seeds fresh."""
+    def answered(self, visits: Sequence[int], attempt: int = 0) -> dict[int, Group]:
+        """A group for each visit; those of attempts above 0 answer other prompts."""
+        sampled = self.sample(visits, attempt)
+        start = time.perf_counter()
+        scores = self.score(visits, sampled)
+        self._scoring_s += time.perf_counter() - start
+        groups = map(Group, sampled, scores)
+        return dict(zip(visits, groups, strict=True))
+
+    def _refilled(self, first: dict[int, Group]) -> tuple[dict[int, Group], int, int]:
+        """Groups with other prompts in place of those without spread, as far as the rounds go; how
+        many own tokens all took, and how many were found."""
+        groups, num_tokens = dict(first), num_own(first.values())
+        lacking = [visit for visit, group in first.items() if group.spread == 0]
+        for attempt in range(1, self.config.refill_rounds + 1):
+            if still := [visit for visit in lacking if groups[visit].spread == 0]:
+                found = self.answered(still, attempt)
+                groups |= found
+                num_tokens += num_own(found.values())
+        return groups, num_tokens, sum(groups[visit].spread > 0 for visit in lacking)
+
+    def sample(self, visits: Sequence[int], attempt: int = 0) -> list[list[Rollout]]:
+        """A group for each visit. Visit and attempt make its samples' seeds fresh."""
         requests = [
-            request
+            replace(
+                request,
+                top_p=self.config.top_p,
+                top_k=self.config.top_k,
+                wants_support=self.config.top_p < 1 or self.config.top_k > 0,
+                wants_routes=self.config.keep_routing,
+            )
             for visit in visits
             for request in self._task(visit).requests(
-                [self.visits[visit][1]],
-                sample=visit * self.group,
-                num_samples=self.group,
-                temperature=self.temperature,
+                [self._row(visit, attempt)],
+                sample=(attempt * len(self.visits) + visit) * self.size,
+                num_samples=self.size,
+                temperature=self.config.temperature,
             )
         ]
         found = {(r.domain, r.prompt_id, r.sample): r for r in self.engine.run(requests)}
         ordered = [found[r.domain, r.prompt_id, r.sample] for r in requests]
-        return [ordered[i : i + self.group] for i in range(0, len(ordered), self.group)]
+        return [ordered[i : i + self.size] for i in range(0, len(ordered), self.size)]
 
-    def score(self, visits: Sequence[int], groups: Sequence[Sequence[Rollout]]) -> list[float]:
-        """The reward of every rollout, group after group."""
-        rewards: dict[int, list[float]] = {}
+    def score(
+        self, visits: Sequence[int], groups: Sequence[Sequence[Rollout]]
+    ) -> list[list[Score]]:
+        """The scores of every group's rollouts."""
+        found: dict[int, list[Score]] = {}
         for number, task in enumerate(self.tasks):
             mine = [i for i, visit in enumerate(visits) if self.visits[visit][0] == number]
             scores = task.score([rollout for i in mine for rollout in groups[i]])
             for place, i in enumerate(mine):
-                part = scores[place * self.group : (place + 1) * self.group]
-                rewards[i] = [score.reward for score in part]
-        return [reward for i in range(len(visits)) for reward in rewards[i]]
+                found[i] = scores[place * self.size : (place + 1) * self.size]
+        return [found[i] for i in range(len(visits))]
 
     def _num_grader_failures(self) -> int:
         """Answers that no reward could judge, so far; each was scored 0."""
@@ -99,25 +156,32 @@ class GroupSampler:
     def _task(self, visit: int) -> Task:
         return self.tasks[self.visits[visit][0]]
 
-    def _summary(
-        self, groups: Sequence[Sequence[Rollout]], rewards: Sequence[float]
-    ) -> dict[str, float]:
-        rollouts = [rollout for group in groups for rollout in group]
-        spreads = [pstdev(rewards[i : i + self.group]) for i in range(0, len(rewards), self.group)]
+    def _row(self, visit: int, attempt: int) -> Row:
+        if attempt == 0:
+            return self.visits[visit][1]
+        return Random(f"{self._seed}/{visit}/{attempt}").choice(self._task(visit).train)
+
+    def _summary(self, groups: Sequence[Group]) -> dict[str, float]:
+        rollouts = [rollout for group in groups for rollout in group.rollouts]
+        scores = [score for group in groups for score in group.scores]
+        names = list(dict.fromkeys(name for score in scores for name in score.terms))
         by_domain = {
             f"reward/{task.name}": _mean(
-                reward
-                for reward, rollout in zip(rewards, rollouts, strict=True)
+                score.reward
+                for score, rollout in zip(scores, rollouts, strict=True)
                 if rollout.domain == task.name
             )
             for task in self.tasks
         }
+        by_term = {
+            f"term/{name}": fmean(score.terms[name] for score in scores if name in score.terms)
+            for name in names
+        }
         return {
-            "reward": fmean(rewards),
+            "reward": fmean(score.reward for score in scores),
             **(by_domain if len(self.tasks) > 1 else {}),
-            "reward_std": fmean(spreads),
-            "groups_without_spread": fmean(spread == 0 for spread in spreads),
-            "tokens": sum(sum(rollout.is_own) for rollout in rollouts),
+            **(by_term if len(names) > 1 else {}),
+            "reward_std": fmean(group.spread for group in groups),
             "length": fmean(sum(rollout.is_own) for rollout in rollouts),
             "truncated": fmean(rollout.finish_reason == "length" for rollout in rollouts),
         }
@@ -129,10 +193,16 @@ def as_trl(rollouts: Sequence[Rollout], rewards: Sequence[float]) -> dict[str, l
     return {
         "prompt_ids": [rollout.prompt for rollout in rollouts],
         "completion_ids": [rollout.response for rollout in rollouts],
-        "logprobs": [rollout.logp for rollout in rollouts],
+        "logprobs": [rollout.kept_logp or rollout.logp for rollout in rollouts],
         "env_mask": [[int(own) for own in rollout.is_own] for rollout in rollouts],
         FIELD: list(rewards),
+        **fields_of(rollouts),
     }
+
+
+def num_own(groups: Iterable[Group]) -> int:
+    """Own tokens of all rollouts."""
+    return sum(sum(rollout.is_own) for group in groups for rollout in group.rollouts)
 
 
 def _mean(values: Iterable[float]) -> float:

@@ -3,8 +3,8 @@
     A_i = R_i - mean of R over the prompt's group
     L = -(sum over own tokens of r A) / (own tokens of the step) + kl_weight * KL
 
-Every step samples with its own weights, so the ratio r = p / p(sampled) is 1, never clipped, and
-its gradient is what counts. TRL sees token ids, log-probabilities and rewards only: its own
+where r = p / p(sampled), clipped. A step that samples with its own weights has r = 1, and the
+gradient of r is what counts. TRL sees token ids, log-probabilities and rewards only: its own
 decoding of answers drops control tokens and keeps what tools said, so rewards are computed from the
 rollouts before TRL hears of them.
 """
@@ -24,6 +24,7 @@ from posttrain.tasks import Task
 from specialists import training
 from specialists.config import GrpoConfig, GrpoStage
 from specialists.groups import GroupSampler, handed_on
+from specialists.reference import ReferenceRefresh
 from specialists.rows import draw
 from specialists.trl_border import OurGRPOTrainer, known_warnings
 
@@ -48,8 +49,8 @@ def work(config: GrpoStage, job: Job) -> None:
             Engine(model, num_slots=grpo.num_slots, seed=job.seed),
             tasks,
             prompt_order(tasks, grpo, seed=job.seed),
-            group=grpo.samples_per_prompt,
-            temperature=grpo.temperature,
+            config=grpo,
+            seed=job.seed,
         )
         trainer = build_trainer(model, tokenizer, sampler, config, job)
         counts = {f"prompts/{task.name}": len(task.train) for task in tasks}
@@ -64,7 +65,7 @@ def prompt_order(tasks: list[Task], config: GrpoConfig, *, seed: int) -> list[tu
                 f"domain {task.name!r} has no train prompt left for grpo: give it more rows, or "
                 "lower its heldout_share"
             )
-    sizes, count = [len(task.train) for task in tasks], config.num_steps * config.prompts_per_step
+    sizes, count = [len(task.train) for task in tasks], config.num_visits
     return [(task, tasks[task].train[row]) for task, row in draw(sizes, count, seed=seed)]
 
 
@@ -74,7 +75,7 @@ def build_trainer(
     """A trainer for all of the sampler's visits, in their order."""
     grpo, visits = config.grpo, [str(visit) for visit in range(len(sampler.visits))]
     with known_warnings():
-        return OurGRPOTrainer(
+        trainer = OurGRPOTrainer(
             model,
             reward_funcs=handed_on,
             args=_arguments(config, job),
@@ -83,6 +84,10 @@ def build_trainer(
             optimizers=training.optimizer_for(model, grpo.optimizer, num_steps=grpo.num_steps),
             rollout_func=sampler,
         )
+    trainer.max_ratio = grpo.max_ratio
+    if grpo.reference_every:
+        trainer.add_callback(ReferenceRefresh(trainer, grpo.reference_every))
+    return trainer
 
 
 def _arguments(config: GrpoStage, job: Job) -> GRPOConfig:
@@ -98,14 +103,18 @@ def _arguments(config: GrpoStage, job: Job) -> GRPOConfig:
     return GRPOConfig(
         **shared,
         num_generations=grpo.samples_per_prompt,
-        steps_per_generation=grpo.microbatches,
-        num_iterations=1,  # with the line above: no second forward for old log-probabilities
+        steps_per_generation=grpo.microbatches * grpo.steps_per_sampling,
+        num_iterations=1,
         shuffle_dataset=False,
         temperature=grpo.temperature,
         max_completion_length=max(spec.max_new_tokens for spec in config.domains),
         loss_type="dapo",  # the mean over all own tokens of the step
         scale_rewards="none",  # R - mean(R), not divided by the group's deviation
         beta=grpo.kl_weight,
+        epsilon=grpo.clip_low,
+        epsilon_high=grpo.clip_high,
+        off_policy_mask_threshold=grpo.off_policy_mask,
+        mask_truncated_completions=grpo.mask_truncated,
         use_bias_correction_kl=True,  # the K3 estimate times the ratio: its gradient is the KL's
         disable_dropout=True,
         router_aux_loss_coef=0.0,

@@ -50,6 +50,9 @@ METRIC_NAMES = {
     "mean_token_accuracy": "token_accuracy",
     "sampler_gap": "sampler_gap",
     "sampler_gap_max": "sampler_gap_max",
+    "clip_ratio/region_mean": "clipped",
+    "tokens_masked": "tokens_masked",
+    "rows_masked": "rows_masked",
 }
 """What the trainers log -> what our metrics call it; the rest is left out."""
 

@@ -154,7 +154,7 @@ def test_a_step_logs_what_its_rollouts_earned(
     job, config = new_job("grpo"), stage([words], num_steps=1)
     with closing(Task(words, tokenizer, folder=job.folder, seed=job.seed)) as task:
         visits = grpo.prompt_order([task], config.grpo, seed=job.seed)
-        sampler = GroupSampler(told, [task], visits, group=3, temperature=1.0)  # pyright: ignore[reportArgumentType]
+        sampler = GroupSampler(told, [task], visits, config=config.grpo, seed=0)  # pyright: ignore[reportArgumentType]
         model = load_model(start / "checkpoint")
         trainer = grpo.build_trainer(model, tokenizer, sampler, config, job)
         training.run(trainer, job, tokenizer, read_metrics=sampler.read_metrics)
@@ -178,7 +178,7 @@ def test_no_two_samples_of_a_run_share_their_seed(
     config = stage([words], num_steps=15).grpo
     visits = grpo.prompt_order([task], config, seed=job.seed)
     engine = Engine(load_model(start / "checkpoint"), num_slots=90, seed=job.seed)
-    sampler = GroupSampler(engine, [task], visits, group=3, temperature=1.0)
+    sampler = GroupSampler(engine, [task], visits, config=config, seed=0)
     groups = sampler.sample(range(30))
     seeds = {(r.prompt_id, r.sample) for group in groups for r in group}
     assert len(seeds) == 90

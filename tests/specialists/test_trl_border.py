@@ -35,6 +35,8 @@ OVERRIDDEN = {
     (GRPOTrainer, "_send_telemetry"): "93795bae4a8f",
     (GRPOTrainer, "_get_per_token_logps_and_entropies"): "243f8dad685d",
     (GRPOTrainer, "_compute_loss"): "22441fe0745c",
+    (GRPOTrainer, "_generate"): "510c1703fdc8",
+    (GRPOTrainer, "_generate_and_score_completions"): "a43d6a7a15e8",
     (Trainer, "_load_from_checkpoint"): "2f2cf5770a0f",
     (GRPOTrainer, "create_model_card"): "4a016fcf5960",
 }
@@ -92,7 +94,7 @@ class Scripted:
 def grpo_trainer(
     start: Path, tokenizer: Any, words: DomainSpec, job: Job, *, kl_weight: float = 0.0
 ) -> tuple[Any, Scripted]:
-    settings = {"num_steps": 1, "prompts_per_step": 2, "samples_per_prompt": 2}
+    settings: dict[str, Any] = {"num_steps": 1, "prompts_per_step": 2, "samples_per_prompt": 2}
     config = GrpoConfig(**settings, optimizer=OPTIMIZER, kl_weight=kl_weight)
     scripted, model = Scripted(), load_model(start / "checkpoint")
     stage = GrpoStage(domains=[words], grpo=config)

@@ -1,0 +1,426 @@
+"""GRPO off-policy and on what the sampler chose: gradients against formulas, a row at a time."""
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+from transformers import TrainerCallback
+
+from posttrain.backbone.routing import ExpertChoices
+from posttrain.checkpoints import load_model, weights_hash
+from posttrain.config import OptimizerConfig
+from posttrain.domains import DomainSpec
+from posttrain.job import Job
+from posttrain.metrics import Metrics
+from posttrain.rollout.engine import Engine
+from posttrain.rollout.types import Rollout
+from posttrain.tasks import Task
+from specialists import grpo, training
+from specialists.config import GrpoConfig, GrpoStage
+from specialists.groups import GroupSampler, as_trl
+
+NewJob = Callable[..., Job]
+STILL = OptimizerConfig(learning_rate=1e-12, max_grad_norm=1e9)
+"""Weights that stay, so that the gradients of two steps are of the same ones."""
+
+
+def stage(domains: list[DomainSpec], **settings: Any) -> GrpoStage:
+    defaults = {
+        "num_steps": 2, "prompts_per_step": 1, "samples_per_prompt": 2, "num_slots": 6,
+        "optimizer": STILL, "temperature": 0.7,
+    }  # fmt: skip
+    return GrpoStage(domains=domains, grpo=GrpoConfig.model_validate({**defaults, **settings}))
+
+
+REWARDS = (1.0, 0.0, 0.5, 0.0)
+ADVANTAGES = (0.5, -0.5, 0.25, -0.25)
+ANSWERS = (  # the third is cut: it has no EOS
+    ([40, 41, 42], [60, 61, 1], [True, True, True]),
+    ([40, 41, 42], [60, 90, 91, 62, 63, 1], [True, False, False, True, True, True]),
+    ([50], [64, 65], [True, True]),
+    ([50], [66, 1], [True, True]),
+)
+
+
+def rollouts_of(**fields: Sequence[Any]) -> list[Rollout]:
+    found = [
+        Rollout("p", "words", 0, prompt, response, is_own, [0.0] * len(response))
+        for prompt, response, is_own in ANSWERS
+    ]
+    for name, values in fields.items():
+        found = [replace(r, **{name: v}) for r, v in zip(found, values, strict=True)]
+    return found
+
+
+class Scripted:
+    """In a sampler's place."""
+
+    visits = tuple(range(2))
+
+    def __init__(self, rollouts: list[Rollout]) -> None:
+        self.rollouts = rollouts
+
+    def __call__(self, prompts: list[str], trainer: Any) -> dict[str, list[Any]]:
+        return as_trl(self.rollouts, REWARDS)
+
+
+def logps(
+    model: Any, rollout: Rollout, *, allowed: Sequence[Sequence[int]] = (), routes: Any = None
+) -> Tensor:
+    """log p of the response at temperature 0.7, the row alone and without padding."""
+    replay = None
+    if routes is not None:
+        replay = ExpertChoices(torch.as_tensor(np.array(routes)).permute(1, 0, 2))
+    ids = [*rollout.prompt, *rollout.response]
+    logits = model(torch.tensor([ids]), replay_routes=replay).logits[0] / 0.7
+    found: list[Tensor] = []
+    for t, token in enumerate(rollout.response):
+        row = logits[len(rollout.prompt) + t - 1]
+        if allowed and allowed[t]:
+            found.append(row[token] - row[list(allowed[t])].logsumexp(0))
+        else:
+            found.append(row.log_softmax(-1)[token])
+    return torch.stack(found)
+
+
+class GradientSum(TrainerCallback):
+    """Over the steps, of what the optimizer takes."""
+
+    def __init__(self) -> None:
+        self.total: dict[str, Tensor] = {}
+
+    def on_pre_optimizer_step(self, *_: Any, model: Any, **__: Any) -> None:
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None:
+                before = self.total.get(name, torch.zeros_like(parameter))
+                self.total[name] = before + parameter.grad
+
+
+class Case:
+    """Trains on scripted rollouts, and compares with a loss for each row."""
+
+    def __init__(self, start: Path, tokenizer: Any, words: DomainSpec, job: Job) -> None:
+        self.start, self.tokenizer, self.words, self.job = start, tokenizer, words, job
+
+    def model(self) -> Any:
+        return load_model(self.start / "checkpoint")
+
+    def gradient(self, rollouts: list[Rollout], **settings: Any) -> dict[str, Tensor]:
+        config = stage([self.words], **settings)
+        scripted: Any = Scripted(rollouts)
+        trainer: Any = grpo.build_trainer(self.model(), self.tokenizer, scripted, config, self.job)
+        trainer.add_callback(found := GradientSum())
+        training.run(trainer, self.job, self.tokenizer)
+        return found.total
+
+    def records(self) -> list[dict[str, Any]]:
+        return [record for record in self.job.metrics.records() if record["step"] > 0]
+
+    def check(
+        self,
+        found: dict[str, Tensor],
+        rollouts: list[Rollout],
+        loss_of: Callable[[Any, Rollout, float], Tensor],
+        *,
+        num_steps: int,
+    ) -> None:
+        """`loss_of(model, rollout, advantage)` is a loss for each response token; each of
+        `num_steps` steps divides by its share of the own tokens."""
+        model = self.model()
+        terms = [
+            (loss_of(model, r, a) * torch.tensor(r.is_own)).sum()
+            for r, a in zip(rollouts, ADVANTAGES, strict=True)
+        ]
+        num_own = sum(sum(r.is_own) for r in rollouts)
+        (torch.stack(terms).sum() * num_steps / num_own).backward()
+        wanted = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        assert max(part.abs().max() for part in wanted.values()) > 1e-4
+        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-6)
+
+
+@pytest.fixture
+def case(start: Path, tokenizer: Any, words: DomainSpec, new_job: NewJob) -> Case:
+    return Case(start, tokenizer, words, new_job("grpo"))
+
+
+OFFSETS = (-0.6, -0.1, 0.0, 0.1, 0.6, 0.2)
+"""By how much the sampler's log-probability is above the learner's, in turn."""
+
+
+def off_policy(case: Case) -> list[Rollout]:
+    """Rollouts of a sampler that is some way from the learner."""
+    model, plain = case.model(), rollouts_of()
+    found: list[list[float]] = []
+    for number, rollout in enumerate(plain):
+        offset = [OFFSETS[(t + 3 * number) % 6] for t in range(len(rollout.response))]
+        with torch.no_grad():
+            logp = logps(model, rollout) + torch.tensor(offset)
+        found.append(logp.tolist())
+    return rollouts_of(logp=found)
+
+
+def clipped(logp: Tensor, rollout: Rollout, advantage: float) -> Tensor:
+    ratio = (logp - torch.tensor(rollout.logp)).exp()
+    return -torch.minimum(ratio * advantage, ratio.clamp(1 - 0.2, 1 + 0.28) * advantage)
+
+
+def test_later_steps_of_a_sampling_clip_the_ratio_to_the_sampler(case: Case) -> None:
+    rollouts = off_policy(case)
+    found = case.gradient(rollouts, steps_per_sampling=2)
+    case.check(found, rollouts, lambda m, r, a: clipped(logps(m, r), r, a), num_steps=2)
+    assert {record["clipped"] > 0 for record in case.records()} >= {True}
+
+
+def test_tokens_beyond_the_largest_ratio_carry_no_gradient(case: Case) -> None:
+    rollouts = off_policy(case)
+    found = case.gradient(rollouts, steps_per_sampling=2, max_ratio=1.5, clip_high=9.0)
+
+    def loss_of(model: Any, rollout: Rollout, advantage: float) -> Tensor:
+        logp, sampled = logps(model, rollout), torch.tensor(rollout.logp)
+        near = (logp - sampled).abs() < math.log(1.5)
+        ratio = (torch.where(near, logp, logp.detach()) - sampled).exp()
+        return -torch.minimum(ratio * advantage, ratio.clamp(1 - 0.2, 1 + 9) * advantage)
+
+    case.check(found, rollouts, loss_of, num_steps=2)
+    num_far = sum(
+        abs(OFFSETS[(t + 3 * n) % 6]) > math.log(1.5) and own
+        for n, r in enumerate(rollouts)
+        for t, own in enumerate(r.is_own)
+    )
+    assert num_far == sum(
+        round(record["tokens_masked"] * tokens)
+        for record, tokens in zip(case.records(), tokens_of(case), strict=True)
+    )
+
+
+def tokens_of(case: Case) -> list[int]:
+    """Own tokens of each step: TRL deals a sampling's rows out over its steps at random."""
+    shares = [record["tokens_masked"] for record in case.records()]
+    sizes = [sum(own) for _, _, own in ANSWERS]
+    fits = [
+        [sizes[i] + sizes[j], sum(sizes) - sizes[i] - sizes[j]]
+        for i in range(4)
+        for j in range(i + 1, 4)
+    ]
+    return next(
+        fit
+        for fit in fits
+        if all(abs(s * n - round(s * n)) < 1e-4 for s, n in zip(shares, fit, strict=True))
+    )
+
+
+def test_worse_than_average_answers_that_are_too_far_off_are_left_out(case: Case) -> None:
+    rollouts, limit = off_policy(case), 0.05
+    found = case.gradient(rollouts, steps_per_sampling=2, off_policy_mask=limit)
+    left_out: list[bool] = []
+
+    def loss_of(model: Any, rollout: Rollout, advantage: float) -> Tensor:
+        logp = logps(model, rollout)
+        is_own = torch.tensor(rollout.is_own)
+        gap = (torch.tensor(rollout.logp) - logp.detach())[is_own].mean().item()
+        left_out.append(advantage < 0 and gap > limit)
+        return clipped(logp, rollout, advantage) * (0.0 if left_out[-1] else 1.0)
+
+    case.check(found, rollouts, loss_of, num_steps=2)
+    assert sorted(left_out) == [False, False, False, True]
+    assert sum(record["rows_masked"] for record in case.records()) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("rows_per_microbatch", [None, 1])
+def test_the_loss_is_over_the_tokens_that_could_be_sampled(
+    case: Case, rows_per_microbatch: int | None
+) -> None:
+    support = [
+        [sorted({token, 5, 70 + t}) if own and t != 1 else [] for t, (token, own) in tokens]
+        for tokens in (
+            list(enumerate(zip(response, is_own, strict=True))) for _, response, is_own in ANSWERS
+        )
+    ]
+    rollouts = rollouts_of(support=support)
+    found = case.gradient(
+        rollouts, num_steps=1, prompts_per_step=2, rows_per_microbatch=rows_per_microbatch
+    )
+    allowed = dict(zip(map(id, rollouts), support, strict=True))
+    case.check(
+        found,
+        rollouts,
+        lambda m, r, a: -a * logps(m, r, allowed=allowed[id(r)]),
+        num_steps=1,
+    )
+
+
+@pytest.mark.parametrize("rows_per_microbatch", [None, 1])
+def test_tokens_are_learned_with_the_experts_that_sampled_them(
+    case: Case, rows_per_microbatch: int | None
+) -> None:
+    config = case.model().config
+    rng = np.random.default_rng(0)
+    routes: list[Any] = []
+    for prompt, response, _ in ANSWERS:
+        shape = (len(prompt) + len(response), config.num_hidden_layers)
+        order = rng.random((*shape, config.n_routed_experts)).argsort(-1)
+        routes.append(order[..., : config.num_experts_per_tok].astype(np.int16))
+        routes[-1][-1] = -1
+    rollouts = rollouts_of(routes=routes)
+    found = case.gradient(
+        rollouts, num_steps=1, prompts_per_step=2, rows_per_microbatch=rows_per_microbatch
+    )
+    own = dict(zip(map(id, rollouts), routes, strict=True))
+    case.check(found, rollouts, lambda m, r, a: -a * logps(m, r, routes=own[id(r)]), num_steps=1)
+
+
+def test_answers_that_were_cut_carry_no_loss_where_the_recipe_says_so(case: Case) -> None:
+    rollouts = rollouts_of()
+    found = case.gradient(rollouts, num_steps=1, prompts_per_step=2, mask_truncated=True)
+    model = case.model()
+    terms = [
+        (-a * logps(model, r) * torch.tensor(r.is_own)).sum()
+        for r, a in zip(rollouts, ADVANTAGES, strict=True)
+        if r.response[-1] == 1
+    ]
+    num_own = sum(sum(r.is_own) for r in rollouts if r.response[-1] == 1)
+    (torch.stack(terms).sum() / num_own).backward()
+    wanted = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"top_p": 0.8, "keep_routing": True},
+        {"top_k": 5},
+        {"keep_routing": True},
+        {"top_k": 9, "kl_weight": 0.1},
+    ],
+)
+def test_the_sampler_and_the_learner_give_one_probability_of_what_was_left(
+    start: Path, words: DomainSpec, new_job: NewJob, settings: dict[str, Any]
+) -> None:
+    job = new_job("grpo", {"start": start})
+    grpo.work(stage([words], prompts_per_step=3, samples_per_prompt=3, **settings), job)
+    records = [record for record in job.metrics.records() if record["step"] > 0]
+    assert all(record["sampler_gap_max"] < 1e-5 for record in records)
+    if "kl_weight" in settings:  # the reference is the policy still, over the same tokens
+        assert records[0]["kl"] == pytest.approx(0.0, abs=1e-9)
+
+
+def test_groups_without_spread_make_room_for_other_prompts(
+    start: Path, tokenizer: Any, words: DomainSpec, new_job: NewJob
+) -> None:
+    words = words.model_copy(update={"max_new_tokens": 1})  # whose rewards are 0 or 1
+
+    def sampled(rounds: int) -> tuple[dict[str, list[Any]], dict[str, float]]:
+        job = new_job("grpo")
+        config = stage([words], prompts_per_step=6, refill_rounds=rounds, temperature=1.0).grpo
+        with closing(Task(words, tokenizer, folder=job.folder, seed=0)) as task:
+            visits = grpo.prompt_order([task], config, seed=0)
+            engine = Engine(load_model(start / "checkpoint"), num_slots=12, seed=0)
+            sampler = GroupSampler(engine, [task], visits, config=config, seed=0)
+            trainer: Any = type("At", (), {"state": type("State", (), {"global_step": 0})})
+            found = sampler([str(v) for v in range(6) for _ in range(2)], trainer)
+            return found, sampler.read_metrics()
+
+    plain, before = sampled(0)
+    first, after = sampled(4)
+    assert sampled(4)[0] == first  # whatever came before
+    assert before["groups_without_spread"] == after["groups_without_spread"] > 0
+    assert after["groups_refilled"] >= 1
+    assert after["reward_std"] > before["reward_std"]
+    assert after["tokens"] > sum(map(sum, first["env_mask"]))
+    num_kept = 0
+    for i in range(0, 12, 2):
+        if len(set(plain["score"][i : i + 2])) > 1:
+            assert first["completion_ids"][i : i + 2] == plain["completion_ids"][i : i + 2]
+            num_kept += 1
+        else:
+            assert first["prompt_ids"][i] != plain["prompt_ids"][i]
+        assert first["prompt_ids"][i] == first["prompt_ids"][i + 1]
+    assert 0 < num_kept < 6
+
+
+def test_the_reference_becomes_the_policy_buffers_too(
+    start: Path, tokenizer: Any, words: DomainSpec, new_job: NewJob
+) -> None:
+    job = new_job("grpo", {"start": start})
+    config = stage(
+        [words], num_steps=3, kl_weight=0.1, reference_every=2,
+        optimizer=OptimizerConfig(learning_rate=1e-2),
+    )  # fmt: skip
+    model: Any = load_model(start / "checkpoint")
+    scripted: Any = Scripted(rollouts_of()[:2])
+    scripted.visits = (0, 1, 2)
+    trainer: Any = grpo.build_trainer(model, tokenizer, scripted, config, job)
+    taken: list[dict[str, Tensor]] = []
+
+    class Look(TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            for module in model.modules():  # as balancing does
+                if hasattr(module, "e_score_correction_bias"):
+                    module.e_score_correction_bias += 0.01
+            taken.append({n: w.clone() for n, w in model.state_dict().items()})
+
+    trainer.callback_handler.callbacks.insert(0, Look())
+    scripted_call = Scripted.__call__
+    trainer.rollout_func = lambda prompts, trainer: {
+        name: values[:2] for name, values in scripted_call(scripted, prompts, trainer).items()
+    }
+    training.run(trainer, job, tokenizer)
+    reference = trainer.ref_model.state_dict()
+    assert all(torch.equal(reference[name], tensor) for name, tensor in taken[1].items())
+    assert not all(torch.equal(reference[name], tensor) for name, tensor in taken[2].items())
+
+
+def trained(job: Job) -> list[dict[str, Any]]:
+    timing = ("seconds", "sampling_s", "scoring_s")
+    records = [record for record in job.metrics.records() if record["step"] > 0]
+    return [{k: v for k, v in record.items() if k not in timing} for record in records]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"kl_weight": 0.05, "reference_every": 1},
+        {"steps_per_sampling": 2, "refill_rounds": 1, "top_k": 9, "keep_routing": True},
+    ],
+)
+def test_a_run_that_was_killed_goes_on_to_the_same_bits(
+    start: Path,
+    words: DomainSpec,
+    new_job: NewJob,
+    cut_after: Callable[[Path, int], Metrics],
+    settings: dict[str, Any],
+) -> None:
+    config = stage(
+        [words], num_steps=5, checkpoint_every=2, rows_per_microbatch=2, prompts_per_step=2,
+        optimizer=OptimizerConfig(learning_rate=1e-3), **settings,
+    )  # fmt: skip
+    straight, killed = new_job("straight", {"start": start}), new_job("killed", {"start": start})
+    grpo.work(config, straight)
+    with pytest.raises(KeyboardInterrupt):
+        grpo.work(config, new_job("killed", {"start": start}, metrics=cut_after(killed.out, 3)))
+    resumed = new_job("killed", {"start": start})
+    grpo.work(config, resumed)
+    assert trained(resumed) == trained(straight)
+    assert weights_hash(killed.out / "checkpoint") == weights_hash(straight.out / "checkpoint")
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"steps_per_sampling": 3}, "steps_per_sampling is 3, which does not divide 20"),
+        ({"reference_every": 5}, "kl_weight 0 uses no reference"),
+        ({"max_ratio": 1.0}, "max_ratio"),
+        ({"top_p": 0.0}, "top_p"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        GrpoConfig.model_validate(settings)
