@@ -36,6 +36,12 @@ class Example:
     sampler_logp: list[float]
     """What the sampler gave each of them, at its temperature."""
 
+    by_teacher: bool = False
+    """Whether a teacher sampled it: its numbers are logged apart."""
+
+    is_warmup: bool = False
+    """Whether it is learned by the forward KL, whatever the run minimises."""
+
     @property
     def teacher_names(self) -> tuple[str, ...]:
         """In the order in which a micro-batch holds them."""
@@ -56,7 +62,9 @@ class ScoredExample:
         return found.read() if isinstance(found, HiddenRow) else found
 
 
-def example_from_rollout(rollout: Rollout, *, teachers: Mapping[str, float]) -> Example | None:
+def example_from_rollout(
+    rollout: Rollout, *, teachers: Mapping[str, float], is_warmup: bool = False
+) -> Example | None:
     """None where the rollout holds no own token: nothing can be learned from it."""
     start = len(rollout.prompt) - 1
     positions = [start + t for t, is_own in enumerate(rollout.is_own) if is_own]
@@ -66,7 +74,16 @@ def example_from_rollout(rollout: Rollout, *, teachers: Mapping[str, float]) -> 
     sampled = [token_ids[position + 1] for position in positions]
     logp = [rollout.logp[position - start] for position in positions]
     input_ids = token_ids[: positions[-1] + 1]
-    return Example(rollout.domain, teachers, input_ids, positions, sampled, logp)
+    return Example(
+        rollout.domain,
+        teachers,
+        input_ids,
+        positions,
+        sampled,
+        logp,
+        by_teacher=bool(rollout.sampled_by),
+        is_warmup=is_warmup,
+    )
 
 
 def pad_right(sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
@@ -89,6 +106,9 @@ class Group:
     hidden: list[Tensor]
     """Each teacher's hidden states of these tokens, (N, Hi)."""
 
+    is_warmup: bool = False
+    """As in their examples; the same for all rows of a step."""
+
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
@@ -107,6 +127,9 @@ class MicroBatch:
 
     domain_N: Tensor
     """Index of each loss token's domain."""
+
+    by_teacher_N: Tensor
+    """Whether a teacher sampled the row of each loss token."""
 
     row_tokens_N: Tensor
     """Loss tokens in the row of each loss token."""
@@ -135,6 +158,7 @@ class MicroBatch:
             self.sampled_N.to(device),
             self.sampler_logp_N.to(device),
             self.domain_N.to(device),
+            self.by_teacher_N.to(device),
             self.row_tokens_N.to(device),
             moved,
         )
@@ -144,7 +168,7 @@ def empty_microbatch() -> MicroBatch:
     """One token that nobody learns from: a rank without rows left takes part in the others'
     forwards and backwards."""
     one, none = torch.ones(1, 1, dtype=torch.long), torch.zeros(0, dtype=torch.long)
-    return MicroBatch(one, one, none, none, none.double(), none, none, [])
+    return MicroBatch(one, one, none, none, none.double(), none, none.bool(), none, [])
 
 
 def make_microbatch(rows: Sequence[ScoredExample], *, domains: Sequence[str]) -> MicroBatch:
@@ -155,6 +179,7 @@ def make_microbatch(rows: Sequence[ScoredExample], *, domains: Sequence[str]) ->
     num_tokens = torch.tensor([len(example.positions) for example in examples])
     places = [b * width + p for b, example in enumerate(examples) for p in example.positions]
     domain_B = torch.tensor([domains.index(example.domain) for example in examples])
+    by_teacher_B = torch.tensor([example.by_teacher for example in examples])
     return MicroBatch(
         input_ids_BS,
         attention_mask_BS,
@@ -162,6 +187,7 @@ def make_microbatch(rows: Sequence[ScoredExample], *, domains: Sequence[str]) ->
         torch.tensor([token for example in examples for token in example.sampled]),
         torch.tensor([p for e in examples for p in e.sampler_logp], dtype=torch.float64),
         domain_B.repeat_interleave(num_tokens),
+        by_teacher_B.repeat_interleave(num_tokens),
         num_tokens.repeat_interleave(num_tokens),
         list(_groups(rows)),
     )
@@ -175,7 +201,8 @@ def _groups(rows: Sequence[ScoredExample]) -> Iterator[Group]:
         num_tokens = torch.tensor([len(row.example.positions) for row in group])
         mixture_Nn = mixture_Bn.double().repeat_interleave(num_tokens, dim=0)
         hidden = [torch.cat([row.hidden(name) for row in group]) for name in names]
-        yield Group(names, slice(start, start + len(mixture_Nn)), mixture_Nn, hidden)
+        tokens = slice(start, start + len(mixture_Nn))
+        yield Group(names, tokens, mixture_Nn, hidden, group[0].example.is_warmup)
         start += len(mixture_Nn)
 
 

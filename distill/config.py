@@ -63,6 +63,23 @@ class AllocationConfig(Config):
     """How much of a domain's smoothed KL the next step's leaves standing, with `kl`."""
 
 
+class TeacherSamplesConfig(Config):
+    """Answers that the teachers sample, learned beside the student's own and before them. They are
+    logged apart: `off_policy_prompts/<domain>`, `off_policy_tokens/<domain>`,
+    `off_policy_kl/<domain>`."""
+
+    share: float = Field(default=0.0, ge=0, lt=1)
+    """The share of each domain's rows that are answers of its teachers; the divergence is the same
+    at their tokens. 1 less this is GKD's lambda. 0: none."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """First steps, of num_steps, that learn the teachers' answers alone, by the forward KL: the
+    cross-entropy of supervised training, averaged at each token over what the teacher might have
+    said there."""
+    prompts_per_domain: int = Field(default=256, ge=1)
+    """Training prompts of each domain that its teachers answer, at most; once, before they are
+    needed first. Steps walk through these answers again and again."""
+
+
 class LearnersConfig(Config):
     """The processes that learn together; they take the steps that one would take."""
 
@@ -98,6 +115,8 @@ class DistillConfig(Config):
     """Tokens in memory at once on the learner, padding included, where rows differ much in length;
     one row may have more. Null: rows_per_microbatch alone decides. Never changes the result beyond
     rounding."""
+    teacher_samples: TeacherSamplesConfig = TeacherSamplesConfig()
+    """Answers of the teachers beside the student's own."""
     kl_to_base: float = Field(default=0.0, ge=0)
     """Weight of the KL to the base, which joins every row's teachers; theirs sum to 1. 0: none."""
     domain_shares: dict[str, float] | None = None
@@ -157,6 +176,22 @@ class DistillConfig(Config):
                 f"kl_to_base is {self.kl_to_base:g}, but divergence.kind is "
                 f"{self.divergence.kind}, which would be taken of the base too: set kl_to_base to "
                 "0, or the kind to reverse_kl"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def a_warmup_ends_before_the_run_and_has_no_base(self) -> Self:
+        warmup_steps = self.teacher_samples.warmup_steps
+        if warmup_steps >= self.num_steps:
+            raise ValueError(
+                f"teacher_samples.warmup_steps is {warmup_steps}, and num_steps, which counts "
+                f"them, {self.num_steps}: lower the former or raise the latter"
+            )
+        if warmup_steps and self.kl_to_base:
+            raise ValueError(
+                f"kl_to_base is {self.kl_to_base:g}, but the {warmup_steps} steps of "
+                "teacher_samples.warmup_steps minimise the forward KL, which would be taken of the "
+                "base too: set one of them to 0"
             )
         return self
 

@@ -14,6 +14,17 @@ from posttrain.files import write_atomic
 from posttrain.rollout.types import Rollout
 
 
+def write_rollouts(path: Path, rollouts: Sequence[Rollout]) -> None:
+    """All of them, or nothing."""
+    write_atomic(path, "".join(json.dumps(asdict(rollout)) + "\n" for rollout in rollouts))
+
+
+def read_rollouts(path: Path) -> list[Rollout]:
+    """Number for number."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [Rollout(**json.loads(line)) for line in lines]
+
+
 class KeptRollouts:
     """`folder/<step>.json`; one process owns the folder."""
 
@@ -22,16 +33,12 @@ class KeptRollouts:
 
     def put(self, step: int, rollouts: Sequence[Rollout]) -> None:
         """Keep a step's rollouts, all of them."""
-        text = "".join(json.dumps(asdict(rollout)) + "\n" for rollout in rollouts)
-        write_atomic(self._path(step), text)
+        write_rollouts(self._path(step), rollouts)
 
     def find(self, step: int) -> list[Rollout] | None:
         """A step's rollouts, number for number; None where they are not kept."""
         path = self._path(step)
-        if not path.exists():
-            return None
-        lines = path.read_text(encoding="utf-8").splitlines()
-        return [Rollout(**json.loads(line)) for line in lines]
+        return read_rollouts(path) if path.exists() else None
 
     def drop_before(self, step: int) -> None:
         """Forget the steps before this one: a step checkpoint holds what came of them."""

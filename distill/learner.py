@@ -120,7 +120,8 @@ class Learner:
         scale_own_losses(self.student, None)  # another trainer's of this model find it as it was
         grad_norm = self.mesh.clip_grad_norm(self.student, self.max_grad_norm)
         self._update(grad_norm.item(), learning_rate_factor)
-        metrics = tally.metrics(is_ablation=self.kind != "reverse_kl")
+        is_warmup = any(row.example.is_warmup for row in rows)
+        metrics = tally.metrics(is_ablation=is_warmup or self.kind != "reverse_kl")
         skipped = self._tensor(self.guard.num_skipped)
         rolled_back = self._tensor(self.guard.num_rolled_back)
         counts = {"updates_skipped": skipped, "rolled_back": rolled_back}
@@ -206,7 +207,7 @@ class Learner:
         )
         for group, (_, kl) in zip(batch.groups, compared, strict=True):
             if len(group.teachers) > 1:
-                tally.add_teachers(group.teachers, batch.domain_N[group.tokens], kl.per_teacher)
+                tally.add_teachers(batch, group, kl.per_teacher)
 
     def _compare(
         self,
@@ -227,13 +228,14 @@ class Learner:
             "row_weight": weight_N[group.tokens],
             "temperature": self.temperature,
         }
-        if self.kind == "reverse_kl":
+        kind = "forward_kl" if group.is_warmup else self.kind
+        if kind == "reverse_kl":
             found = reverse_kl(*student, teachers, **options)
             return found, found
         with torch.no_grad():
             kl = reverse_kl(*student, teachers, **options)
         options |= {"sampled": batch.sampled_N[group.tokens], **self.options}
-        return divergence(self.kind, *student, teachers, **options), kl
+        return divergence(kind, *student, teachers, **options), kl
 
     def _tensor(self, values: Any) -> Tensor:
         return torch.tensor(values, dtype=torch.float64, device=self.mesh.device)

@@ -9,6 +9,7 @@ learns from the whole distribution at every token.
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from distill.roster import Rosters
 from distill.samplers import make_sampler
 from distill.schedule import EvenDeal, Schedule
 from distill.scores import heldout_requests, sampled_scores
+from distill.teacher_samples import TeacherSamples
 from distill.teachers import Teachers
 from posttrain.checkpoints import load_model, load_tokenizer, save_checkpoint
 from posttrain.config import learning_rate_factor
@@ -113,12 +115,15 @@ def make_pipeline(
             f"{config.teacher_dtype}, which needs teachers in a process of their own: raise "
             "cluster.num_workers to 2, or set max_staleness to 0 or teacher_dtype to float32"
         )
-    schedule = make_schedule(tasks, config, job.seed, history)
+    samples = TeacherSamples(job.out / "rollouts" / "teachers", tasks, config, job)
+    schedule = make_schedule(tasks, config, job.seed, history, samples.num_answers())
     sampler = make_sampler(config, job, model, str(job.inputs[config.start] / "checkpoint"))
 
     def plan(step: int, version: int) -> Callable[[], tuple[Batch, OpdStage, int]]:
         now, roster = rosters.at(step)
-        read = partial(read_along, mixtures=now.mixtures, teachers=teachers, step=step)
+        is_warmup = step < config.teacher_samples.warmup_steps
+        options = {"mixtures": now.mixtures, "step": step, "is_warmup": is_warmup}
+        read = partial(read_along, teachers=teachers, **options)
         if (found := kept.find(step)) is not None:
             rollouts = [rollout for rollout in found if rollout.domain in now.teachers]
             return lambda: (read(rollouts, rollouts), now, roster)
@@ -128,11 +133,13 @@ def make_pipeline(
                 "that sampled them: delete that folder to distil anew"
             )
         visits = [visit for visit in schedule.visits(step) if visit.domain in now.teachers]
-        requests = requests_of(visits, tasks, config.temperature)
+        taught = samples.find([v for v in visits if v.by_teacher], now.teachers)
+        own = [visit for visit in visits if not visit.by_teacher]
+        requests = requests_of(own, tasks, config.temperature)
         sample = sampler.at(version)
 
         def make() -> tuple[Batch, OpdStage, int]:
-            batch = read(sample(requests), requests)
+            batch = read(chain(taught, sample(requests)), [*taught, *requests])
             kept.put(step, batch.rollouts)
             return batch, now, roster
 
@@ -178,8 +185,10 @@ def make_schedule(
     config: DistillConfig,
     seed: int,
     history: Sequence[Mapping[str, Any]],
+    num_answers: Mapping[str, int],
 ) -> Schedule:
-    """Over the tasks' training rows. Raises DataError where a domain has none."""
+    """Over the tasks' training rows and their teachers' answers. Raises DataError where a domain
+    has no rows."""
     num_rows = {name: len(task.train) for name, task in tasks.items()}
     empty = sorted(name for name, count in num_rows.items() if count == 0)
     if empty:
@@ -195,4 +204,5 @@ def make_schedule(
         deal = GapDeal(
             domains, config.prompts_per_step, history, lag=config.max_staleness, **bounds
         )
-    return Schedule(num_rows, deal, seed)
+    taught = config.teacher_samples
+    return Schedule(num_rows, deal, seed, num_answers, taught.share, taught.warmup_steps)

@@ -48,9 +48,10 @@ def read_along(
     teachers: Teachers,
     *,
     step: int,
+    is_warmup: bool = False,
 ) -> Batch:
     """Ask the teachers as the rollouts of the requests come in; `mixtures` gives each domain its
-    weighted teachers."""
+    weighted teachers. In a warm-up step rows are learned by the forward KL."""
     names_of = {domain: " + ".join(sorted(mixture)) for domain, mixture in mixtures.items()}
     left = Counter(names_of[request.domain] for request in requests)
     found: dict[str, list[Rollout]] = defaultdict(list)
@@ -60,10 +61,10 @@ def read_along(
         found[names].append(replace(rollout, teacher=names))
         left[names] -= 1
         if left[names] == 0:
-            found[names].sort(key=lambda r: (r.domain, r.prompt_id, r.sample))
+            found[names].sort(key=lambda r: (r.domain, r.prompt_id, r.sample, r.sampled_by))
             coming = [mixtures[domain] for domain in sorted(mixtures) if left[names_of[domain]] > 0]
             then = min(coming[0]) if coming else None
-            examples = examples_of(found[names], mixtures)
+            examples = examples_of(found[names], mixtures, is_warmup=is_warmup)
             answers[names] = teachers.ask(examples, step=step, then=then)
     return Batch(
         [rollout for names in sorted(found) for rollout in found[names]],
@@ -72,10 +73,12 @@ def read_along(
 
 
 def examples_of(
-    rollouts: Iterable[Rollout], mixtures: Mapping[str, Mapping[str, float]]
+    rollouts: Iterable[Rollout], mixtures: Mapping[str, Mapping[str, float]], *, is_warmup: bool
 ) -> list[Example]:
     """What there is to learn; rollouts without an own token are left out."""
-    examples = (example_from_rollout(r, teachers=mixtures[r.domain]) for r in rollouts)
+    examples = (
+        example_from_rollout(r, teachers=mixtures[r.domain], is_warmup=is_warmup) for r in rollouts
+    )
     return [example for example in examples if example is not None]
 
 
@@ -85,11 +88,15 @@ def token_versions(rollout: Rollout) -> list[int]:
 
 
 def describe(rollouts: Sequence[Rollout], *, version: int, num_skipped: int) -> dict[str, float]:
-    """`prompts/<domain>`: rollouts; `length/<domain>`: their mean own tokens; `truncated/<domain>`:
-    share cut at max_new_tokens;
-    `staleness`: versions from those that sampled to the learner's `version`, a rollout's mean,
-    `staleness_max` a token's largest; `skipped`: rollouts without an own token."""
+    """Of the student's own rollouts, but for `off_policy_prompts/<domain>`, which counts the
+    teachers'. `prompts/<domain>`: rollouts; `length/<domain>`: their mean own tokens;
+    `truncated/<domain>`: share cut at max_new_tokens; `staleness`: versions from those that sampled
+    to the learner's `version`, a rollout's mean, `staleness_max` a token's largest; `skipped`: all
+    rollouts without an own token."""
     numbers: dict[str, float] = {"skipped": num_skipped}
+    taught = Counter(rollout.domain for rollout in rollouts if rollout.sampled_by)
+    numbers |= {f"off_policy_prompts/{domain}": count for domain, count in taught.items()}
+    rollouts = [rollout for rollout in rollouts if not rollout.sampled_by]
     numbers["staleness"] = sum(version - r.version for r in rollouts) / max(len(rollouts), 1)
     oldest = [min(token_versions(r), default=version) for r in rollouts]
     numbers["staleness_max"] = version - min(oldest, default=version)

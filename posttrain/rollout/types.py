@@ -75,6 +75,9 @@ class Rollout:
     teacher: str = ""
     """Who reads along where rollouts are distilled, such as "specialist/code"; empty elsewhere."""
 
+    sampled_by: str = ""
+    """The teacher that sampled it; empty: the model that learns."""
+
     versions: list[int] = field(default_factory=list[int])
     """The version that each token was sampled under, where weights changed on the way; else
     empty."""

@@ -45,6 +45,15 @@ def test_the_kl_to_the_base_joins_no_ablation() -> None:
         stage(distill={"kl_to_base": 0.1, "divergence": {"kind": "jsd"}})
 
 
+def test_a_warmup_ends_before_the_run_and_is_held_back_by_no_base() -> None:
+    with pytest.raises(ValidationError, match=r"warmup_steps is 5, and num_steps, .* 5: lower"):
+        stage(distill={"num_steps": 5, "teacher_samples": {"warmup_steps": 5}})
+    with pytest.raises(ValidationError, match=r"kl_to_base is 0.1, but the 2 steps"):
+        stage(distill={"kl_to_base": 0.1, "teacher_samples": {"warmup_steps": 2}})
+    with pytest.raises(ValidationError, match="less than 1"):
+        stage(distill={"teacher_samples": {"share": 1.0}})
+
+
 def test_every_domain_needs_teachers() -> None:
     with pytest.raises(ValidationError, match=r"teachers names \['a'\].*\['a', 'b'\]"):
         stage(teachers={"a": "specialist/a"})

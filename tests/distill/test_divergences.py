@@ -116,6 +116,22 @@ def test_sampled_tokens_are_the_reverse_kl_on_average() -> None:
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
+def test_the_forward_kls_gradient_is_the_cross_entropys_averaged_over_the_teachers_tokens() -> None:
+    # every token v in turn, each weighted by q_v: sum_v q_v (- log p_v) is the forward KL and the
+    # teacher's entropy, which has no gradient
+    problem = Problem()
+    problem.options["mixture"] = torch.tensor([[1.0, 0.0]]).double().expand(N, 2)
+    logp, logq = problem.logp()
+    cross = torch.stack(
+        [-(problem.weights * logq[0, :, v].exp() * logp[:, v]).sum() for v in range(V)]
+    )
+    inputs = (problem.hidden, problem.head, problem.teachers)
+    found = divergence("forward_kl", *inputs, **problem.options)
+    wanted = problem.gradients(cross.sum())
+    for a, b in zip(problem.gradients(found.loss), wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
 def test_the_whole_vocabulary_is_the_reverse_kls_top_k() -> None:
     problem = Problem()
     inputs = (problem.hidden, problem.head, problem.teachers)

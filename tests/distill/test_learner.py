@@ -479,3 +479,41 @@ def test_mean_and_largest_log_ratio_of_the_sampled_tokens_by_hand(
     }
     found = {name: metrics[name].item() for name in wanted}
     assert found == pytest.approx(wanted, rel=1e-4)
+
+
+def test_what_teachers_sampled_is_learned_alike_and_logged_apart(models: Models) -> None:
+    rows = mixed("several teachers")
+    is_taught = [True, False, False, True, False]
+    marked = [replace(r, by_teacher=t) for r, t in zip(rows, is_taught, strict=True)]
+    plain, found = Update(*models(), rows), Update(*models(), marked)
+    for name, gradient in plain.gradients.items():
+        assert torch.equal(found.gradients[name], gradient)
+    assert found.metrics["loss"] == plain.metrics["loss"]
+    # of code (5 own tokens, then 2 and 5) the first row is the teacher's; of mathematics (6, 1) the
+    # second: what a domain's rows are alone is what is logged of them
+    alone = {t: Update(*models(), [r for r in marked if r.by_teacher == t]) for t in (False, True)}
+    for domain in SHARES:
+        for prefix, t in (("", False), ("off_policy_", True)):
+            for name in ("kl", "entropy", "tokens"):
+                ours = found.metrics[f"{prefix}{name}/{domain}"]
+                torch.testing.assert_close(ours, alone[t].metrics[f"{prefix}{name}/{domain}"])
+    assert "kl/code" not in alone[True].metrics
+    assert "off_policy_kl/code" not in alone[False].metrics
+    assert (found.metrics["tokens/code"], found.metrics["off_policy_tokens/code"]) == (7, 5)
+    for name in ("sampler_gap", "sampler_gap_max", f"kl/code/{CODE}", f"kl/code/{MATHS}"):
+        torch.testing.assert_close(found.metrics[name], alone[False].metrics[name])
+    assert f"kl/mathematics/{MATHS}" in plain.metrics
+    assert f"kl/mathematics/{MATHS}" not in found.metrics  # the one row of both is the teacher's
+    for name in ("share/code", "grad_share/code", "token_share/code"):
+        torch.testing.assert_close(found.metrics[name], plain.metrics[name])
+
+
+def test_a_warmup_minimises_the_forward_kl(models: Models) -> None:
+    rows = [replace(row, is_warmup=True, by_teacher=True) for row in examples()]
+    found = Update(*models(), rows)
+    wanted = Update(*models(), examples(), divergence="forward_kl")
+    for name, gradient in wanted.gradients.items():
+        assert torch.equal(found.gradients[name], gradient)
+    forward = wanted.metrics["divergence/code"]
+    assert found.metrics["off_policy_divergence/code"] == forward
+    assert found.metrics["off_policy_kl/code"] == wanted.metrics["kl/code"]
