@@ -2,8 +2,8 @@
 
 Gold that is a number or plain words is matched by rules of our own, faster and stricter than
 math-verify (which takes "12+13" for 25, "5 cm" for "5 m" and "1e6" for 1). Anything else (LaTeX,
-tuples, intervals) goes to math-verify, with everything that could blow up turned away first: it has
-no time limit here, so run rewards through `rewards.grader.Grader`.
+tuples, intervals) goes to math-verify, in a process of its own with a bound on time and memory
+(`rewards.verifier`), and what would run into these is mostly turned away first.
 
 Where the final answer is looked for: the last \\boxed{...}; else the response as a whole, or what
 follows its last "=" or ":"; else, for a number, the last one that at least two words lead up to.
@@ -12,12 +12,12 @@ So an answer followed by junk ("85 foo", "855", "85abc") is none.
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
+from rewards import verifier
 from rewards.score import Score, gold_text, shown
 
 MAX_TAIL = 400
@@ -31,6 +31,10 @@ _FREE_NUMBER = re.compile(
 )
 _FRACTION = re.compile(r"\\[dt]?frac(?:\{(\d+)\}|(\d))(?:\{(\d+)\}|(\d))")
 _WORDS = re.compile(r"[^\W\d_]+(?:[ '-][^\W\d_]+)*")
+_POWER = r"(?:\^\{?-?\d\}?)?"
+_UNIT = re.compile(rf"\\?%|[^\W\d_]+{_POWER}(?:[ */'-]+[^\W\d_]+{_POWER})*")
+_PERCENT = re.compile(r"(?<=[\d.])\s*\\?%$")
+_MIXED = re.compile(r"(-?)(\d+) ?(?:\\[dt]?frac\{(\d+)\}\{(\d+)\}|(?<= )(\d+)/(\d+))")
 _DECORATION = re.compile(
     r"\\[,;:! ]|\\left(?![a-z])|\\right(?![a-z])|\\\$|\$|\\[()\[\]]|\^\{?\\circ\}?"
 )
@@ -48,7 +52,7 @@ def score(response: str, *, answer: object = None, **_: object) -> Score:
         return Score(0.0, "the box is not closed")
     found = _plain(boxed if boxed is not None else _last_statement(tail))
     reason = f"{shown(found)} against {shown(gold)}"
-    if _squeezed(found) == _squeezed(gold):
+    if _squeezed(found) == _squeezed(gold) or (len(gold) == 1 and found == f"({gold})"):
         return Score(1.0, reason)
     literal, unit = _measure(gold)
     wanted = _number(literal)
@@ -60,11 +64,11 @@ def score(response: str, *, answer: object = None, **_: object) -> Score:
 
 
 def prepare(items: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
-    """Import math-verify (one second) before the clock of the first answer that needs it starts."""
+    """Start math-verify (seconds) before the clock of the first answer that needs it starts."""
     golds = (str(row.get("answer", "")).strip() for _, row in items)
     plain = (_plain(_boxed(gold) or gold) for gold in golds)
-    if not all(_number(gold) is not None or _WORDS.fullmatch(gold) for gold in plain):
-        _load_math_verify()
+    if not all(_number(_measure(g)[0]) is not None or _WORDS.fullmatch(g) for g in plain):
+        verifier.shared().start()
 
 
 def _number_score(answer: str, wanted: Fraction, unit: str, reason: str) -> Score:
@@ -72,23 +76,24 @@ def _number_score(answer: str, wanted: Fraction, unit: str, reason: str) -> Scor
     found = _number(literal)
     if found is None:
         return Score(0.0, f"{reason}: no number as final answer")
-    if unit and found_unit and unit != found_unit:
-        return Score(0.0, f"{reason}: another unit")
+    if found_unit != unit and (found_unit == "%" or (unit and found_unit)):
+        return Score(0.0, f"{reason}: another unit")  # none is the one that was asked for
     # 170/2 for 85 leaves the work undone; 2/4 for 1/2 does not.
     is_undone = wanted.denominator == 1 and ("/" in literal or "frac" in literal)
     return Score(float(found == wanted and not is_undone), reason)
 
 
 def _measure(text: str) -> tuple[str, str]:
-    """`5 cm` as ("5", "cm"); the unit is empty where there is none."""
+    """`5 cm` as ("5", "cm"), 50\\% as ("50", "%"); the unit is empty where there is none."""
+    text = _PERCENT.sub(" %", text)
     literal, space, unit = text.partition(" ")
-    return (literal, unit) if space and _WORDS.fullmatch(unit) else (text, "")
+    return (literal, unit) if space and _UNIT.fullmatch(unit) else (text, "")
 
 
 def _final_number(text: str) -> str:
     """The literal that a response without a box gives as its answer; empty if it gives none."""
     short = _plain(re.split(r"[=:]", text)[-1])
-    if _number(short) is not None:
+    if _number(_PERCENT.sub("", short)) is not None:
         return short
     found = list(_FREE_NUMBER.finditer(text))
     if not found or len(re.findall(r"[^\W\d_]{2,}", text[: found[-1].start()])) < 2:
@@ -133,7 +138,13 @@ def _squeezed(text: str) -> str:
 
 
 def _number(text: str) -> Fraction | None:
-    """The value of a plain literal: 85, -1,234.50, 1/2, \\frac{1}{2}; None for anything else."""
+    """The value of a plain literal: 85, -1,234.50, 1/2, \\frac{1}{2}, 3 1/2; None for anything
+    else."""
+    mixed = _MIXED.fullmatch(text)
+    if mixed is not None and len(text) <= MAX_DIGITS:
+        sign, whole, *parts = mixed.groups()
+        over, under = map(int, filter(None, parts))
+        return Fraction(int(whole) * under + over, under) * (-1 if sign else 1) if under else None
     text = _FRACTION.sub(r"\1\2/\3\4", text)
     match = _NUMBER.fullmatch(text)
     if match is None or len(text) > MAX_DIGITS:
@@ -176,15 +187,13 @@ def _verified(found: str, gold: str, reason: str) -> Score:
     """math-verify's judgement, for LaTeX that is small enough to be compared."""
     if _is_costly(found) or _is_costly(gold):
         return Score(0.0, f"{reason}: too large to be compared except as text")
-    parse, verify, targets = _load_math_verify()
-    sides = [parse(f"\\boxed{{{text}}}", targets, parsing_timeout=None) for text in (gold, found)]
-    is_right = all(sides) and verify(*sides, timeout_seconds=None)
-    return Score(float(is_right), reason)
+    if {_is_set(found), _is_set(gold)} == {True, False} and "(" in (found[:1], gold[:1]):
+        return Score(0.0, f"{reason}: a set is no tuple")
+    try:
+        return Score(float(verifier.shared().equal(gold, found)), reason)
+    except verifier.NoVerdict as error:
+        return Score(0.0, f"{reason}: {error}")
 
 
-def _load_math_verify() -> tuple[Any, Any, Any]:
-    from math_verify import LatexExtractionConfig, parse, verify
-
-    # It warns that its timeouts are off: they are signals, which only a main thread can have.
-    logging.getLogger("math_verify").setLevel(logging.ERROR)
-    return parse, verify, [LatexExtractionConfig()]
+def _is_set(text: str) -> bool:
+    return text.startswith("\\{") and text.endswith("\\}")

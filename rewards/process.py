@@ -27,12 +27,13 @@ class WorkerDied(Exception):
 
 
 class WorkerProcess:
-    """One `python -m rewards.worker` in a session of its own. One thread at a time may use it."""
+    """One `python -m rewards.worker` (or another module) in a session of its own. One thread at a
+    time may use it."""
 
-    def __init__(self, folder: Path | None) -> None:
+    def __init__(self, folder: Path | None, *, module: str = "rewards.worker") -> None:
         self._process = subprocess.Popen(
             # -P: the current folder may hold a stranger called `rewards`; -u: prints reach the log.
-            [sys.executable, "-P", "-u", "-m", "rewards.worker"],
+            [sys.executable, "-P", "-u", "-m", module],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=_environment(),

@@ -120,15 +120,9 @@ class Sandbox:
             "limits": asdict(limits),
         }
         with self._lock:
-            try:
-                self._send(request)
-                reply = self._receive(limits.wall_s + GRACE_S)
-            except (OSError, EOFError):  # TimeoutError is one too
-                self._restart()
-                return Run("killed")
-            except BaseException:  # Ctrl-C, say: this answer must not meet the next question
-                self._restart()
-                raise
+            reply = self._ask(request, limits) or self._ask(request, limits)
+        if reply is None:
+            return Run("killed")
         results = _read_results(reply["results"])[: len(calls)]
         return Run(reply["end"], results, reply["stdout"], reply["seconds"])
 
@@ -180,6 +174,18 @@ class Sandbox:
                 f"{self.level!r} only ({reached['why']}): allow user namespaces, or accept that "
                 f"level by name (`sandbox: {self.level}` among the reward's options)"
             )
+
+    def _ask(self, request: dict[str, Any], limits: Limits) -> dict[str, Any] | None:
+        """The reply; None where the server ended, or does not answer, and a new one is there."""
+        try:
+            self._send(request)
+            return self._receive(limits.wall_s + GRACE_S)
+        except (OSError, EOFError):  # TimeoutError is one too
+            self._restart()
+            return None
+        except BaseException:  # Ctrl-C, say: this answer must not meet the next question
+            self._restart()
+            raise
 
     def _restart(self) -> None:
         self.close()

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import inspect
-import json
 import math
 import os
 import pickle
@@ -27,7 +26,7 @@ from typing import Any, BinaryIO, cast
 
 from rewards.registry import load_reward
 from rewards.score import Reward, RewardError, Score
-from rewards.wire import HEADER, Setup
+from rewards.wire import Setup, read_frame, send_json
 
 MAX_REASON = 500
 """Characters of a reason that are sent back."""
@@ -138,30 +137,16 @@ def _unpacked(packed: bytes) -> tuple[str, Mapping[str, Any]] | str:
 
 
 def _serve(terms: Sequence[Term], setup: Setup, requests: BinaryIO, replies: BinaryIO) -> None:
-    while (frame := _read_frame(requests)) is not None:
+    while (frame := read_frame(requests)) is not None:
         items = [_unpacked(packed) for packed in pickle.loads(frame)]
         _prepare(terms, [item for item in items if not isinstance(item, str)])
-        _send(replies, {"began": len(items)})
+        send_json(replies, {"began": len(items)})
         for item in items:
             limit_cpu(setup.timeout_s)
             if isinstance(item, str):
-                _send(replies, _reply(0.0, item, failure="bad_gold"))
+                send_json(replies, _reply(0.0, item, failure="bad_gold"))
             else:
-                _send(replies, grade(terms, *item))
-
-
-def _read_frame(stream: BinaryIO) -> bytes | None:
-    header = stream.read(HEADER.size)
-    if len(header) < HEADER.size:
-        return None  # the parent is gone, or has closed
-    (size,) = HEADER.unpack(header)
-    frame = stream.read(size)
-    return frame if len(frame) == size else None
-
-
-def _send(stream: BinaryIO, reply: Mapping[str, Any]) -> None:
-    stream.write(json.dumps(reply, allow_nan=False).encode() + b"\n")
-    stream.flush()
+                send_json(replies, grade(terms, *item))
 
 
 def _limit(which: int, soft: int) -> None:
@@ -211,7 +196,7 @@ def _own_streams() -> tuple[BinaryIO, BinaryIO]:
 
 def main() -> None:
     requests, replies = _own_streams()
-    frame = _read_frame(requests)
+    frame = read_frame(requests)
     if frame is None:
         return
     setup: Setup = pickle.loads(frame)
@@ -221,9 +206,9 @@ def main() -> None:
     try:
         terms = _load_terms(setup)
     except RewardError as error:
-        _send(replies, {"error": str(error)})
+        send_json(replies, {"error": str(error)})
         return
-    _send(replies, {"ready": True})
+    send_json(replies, {"ready": True})
     _serve(terms, setup, requests, replies)
 
 

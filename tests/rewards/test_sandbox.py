@@ -3,6 +3,7 @@
 import itertools
 import os
 import platform
+import resource
 import socket
 import subprocess
 import sys
@@ -421,8 +422,19 @@ def test_a_server_that_was_killed_is_replaced() -> None:
     with Sandbox(lowest="limits") as sandbox:
         sandbox._process.kill()
         sandbox._process.wait()
-        assert sandbox.run("", calls=["1"]).end == "killed"
         assert sandbox.run("", calls=["1"]).results == [Result("1")]
+
+
+def test_the_graders_limit_of_processor_time_for_an_item_is_not_the_servers() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_CPU)
+    resource.setrlimit(resource.RLIMIT_CPU, (10_000, hard))
+    try:
+        with Sandbox(lowest="limits") as sandbox:
+            limits = Path(f"/proc/{sandbox._process.pid}/limits").read_text()
+    finally:
+        resource.setrlimit(resource.RLIMIT_CPU, (soft, hard))
+    line = next(line for line in limits.splitlines() if line.startswith("Max cpu time"))
+    assert "10000" not in line
 
 
 def test_one_process_shares_one_sandbox() -> None:
