@@ -197,7 +197,9 @@ def report(
 
 @app.command()
 def doctor(
-    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint's folder, or a stage's.")],
+    target: Annotated[
+        str, typer.Argument(help="A checkpoint's folder, or a stage's; or a recipe, as for run.")
+    ],
     measure: Annotated[
         bool | None,
         typer.Option(
@@ -206,16 +208,27 @@ def doctor(
             show_default="if it is small",
         ),
     ] = None,
+    overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say what is in a checkpoint, and what is wrong with it."""
+    """Say what is in a checkpoint, and what is wrong with it; or whether a recipe's graders tell
+    right from wrong: every row's gold answer is to score 1, and wrong ones less."""
     with user_errors():
-        from posttrain.pipeline.checkpoint_checks import checkpoint_folder
+        if Path(target).is_dir():
+            from posttrain.pipeline.checkpoint_checks import checkpoint_folder
 
-        folder = checkpoint_folder(checkpoint)
-        from posttrain.doctor import examine
+            folder = checkpoint_folder(Path(target))
+            from posttrain.doctor import examine
 
-        found = examine(folder, measure=measure)
+            found = examine(folder, measure=measure)
+        else:
+            from posttrain.pipeline.checks import check_recipe
+            from posttrain.pipeline.gold import check_gold
+            from posttrain.pipeline.recipe_file import load_recipe
+
+            file = load_recipe(target, overrides or ())
+            check_recipe(file)
+            found = check_gold(file)
         print(json.dumps(found.json(), indent=1) if as_json else found.text())
         found.raise_problems()
 

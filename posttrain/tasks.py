@@ -182,7 +182,8 @@ class Task:
         row = self._rows[rollout.prompt_id]
         content = next((m["content"] for m in reversed(turns) if m["role"] == "assistant"), "")
         messages = [*self.messages(row), *turns]
-        return GradeItem(response=content, row={**row.fields, "messages": messages})
+        fields = {**self.spec.reward_options, **row.fields, "messages": messages}
+        return GradeItem(response=content, row=fields)
 
     def turns(self, rollout: Rollout) -> list[Message]:
         """The rollout's response as messages: the model's turns, the tools' results between."""

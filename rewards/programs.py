@@ -85,12 +85,17 @@ def score(
 
 def prepare(items: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
     """Start the sandbox before the clock of the first program that needs it starts."""
-    for level in {row.get("sandbox", "namespaces") for _, row in items if _needs_sandbox(row)}:
+    for level in sandbox_levels(items):
         shared(level)
 
 
-def _needs_sandbox(row: Mapping[str, Any]) -> bool:
-    return any(test.keys() & {"call", "stdin"} for test in row.get("tests") or ())
+def sandbox_levels(items: Sequence[tuple[str, Mapping[str, Any]]]) -> set[Level]:
+    """The lowest levels that rows with tests to be run ask for; empty where there are none."""
+    return {
+        row.get("sandbox", "namespaces")
+        for _, row in items
+        if any("call" in test or "stdin" in test for test in row.get("tests") or ())
+    }
 
 
 def extract(response: str) -> str:

@@ -13,9 +13,11 @@ from rewards.score import Reward, RewardError
 
 REWARDS: dict[str, str] = {
     "exact": "rewards.puzzles:score",
+    "formats": "rewards.formats:score",
     "instructions": "rewards.instructions:score",
     "mathematics": "rewards.mathematics:score",
     "programs": "rewards.programs:score",
+    "puzzles": "rewards.puzzles:score",
     "tools": "rewards.tools:score",
 }
 """The rewards that have a name, each with the place of its function."""

@@ -33,6 +33,9 @@ class DataConfig(Config):
     """Keyword arguments of `python`; a parameter `seed` is filled in from the run's seed."""
     columns: dict[str, str] = {}
     """Other names for fields, such as `{prompt: question}` where the data calls it `question`."""
+    convert: str | None = None
+    """A function, `module:function`, that makes a row of each raw one, or leaves it out by
+    returning null; `posttrain.domains.public` has those of public data sets."""
     limit: int | None = Field(default=None, ge=1)
     """The first rows only; null: all."""
 
@@ -108,6 +111,9 @@ class DomainSpec(Config):
     may hold them out; null: those up to heldout_share."""
     max_new_tokens: int = Field(default=64, ge=1)
     """Bounds a whole answer in tokens, the tools' results and further turns included."""
+    reward_options: dict[str, Any] = {}
+    """Keyword arguments of the reward for every row, such as `{sandbox: landlock}` or `{partial:
+    true}`; a row's own fields of these names come before them."""
     reward_timeout_s: float = Field(default=5.0, gt=0)
     """Seconds for one answer's reward; one that takes longer scores 0."""
 

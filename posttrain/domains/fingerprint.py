@@ -28,8 +28,8 @@ def fingerprint(data: DataConfig, folder: Path) -> str:
             raise DataError(f"{path}: there is no such file; paths are relative to the recipe")
         with path.open("rb") as file:
             total.update(hashlib.file_digest(file, "sha256").digest())
-    if data.python is not None:
-        for name, path in sorted(sources(data.python.partition(":")[0], folder).items()):
+    for function in filter(None, (data.python, data.convert)):
+        for name, path in sorted(sources(function.partition(":")[0], folder).items()):
             total.update(name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
     for source, library in LIBRARIES.items():
         if getattr(data, source) is not None:

@@ -32,10 +32,10 @@ def load_rows(data: DataConfig, *, folder: Path, seed: int) -> list[Row]:
         raw, where = _reasoning_gym(data.reasoning_gym, seed), data.source
     else:
         raw, where = _python(data, folder, seed), str(data.python)
-    rows = [
-        row_of(_renamed(row, data.columns, place), where=place)
-        for place, row in islice(raw, data.limit)
-    ]
+    named = ((place, _renamed(row, data.columns, place)) for place, row in islice(raw, data.limit))
+    if data.convert is not None:
+        named = _converted(named, data.convert, folder)
+    rows = [row_of(row, where=place) for place, row in named]
     if not rows:
         raise DataError(f"{where} has no rows: needed is at least one, with a prompt")
     return rows
@@ -54,6 +54,20 @@ def _renamed(row: object, columns: Mapping[str, str], where: str) -> object:
             )
     moved = {ours: fields[theirs] for ours, theirs in columns.items()}
     return {**{k: v for k, v in fields.items() if k not in columns.values()}, **moved}
+
+
+def _converted(raw: Iterable[Placed], function: str, folder: Path) -> Iterator[Placed]:
+    """What the function makes of each row, if it is not None."""
+    convert = import_object(function, folder)
+    for place, row in raw:
+        try:
+            made = convert(row)
+        except Exception as error:
+            raise DataError(
+                f"{place}: {function} raised {type(error).__name__}: {error}; mend it or the row"
+            ) from error
+        if made is not None:
+            yield place, made
 
 
 def _jsonl(path: Path) -> Iterator[Placed]:

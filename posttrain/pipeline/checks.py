@@ -7,7 +7,7 @@ at length is left to the stage that needs it.
 """
 
 import json
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -36,7 +36,9 @@ from posttrain.pipeline.recipe_file import RecipeFile
 from posttrain.pipeline.recipe_yaml import FieldPath
 from posttrain.pipeline.words import shown
 from rewards.grader import check_loads
+from rewards.programs import sandbox_levels
 from rewards.registry import REWARDS, known_reward
+from rewards.sandbox import Sandbox
 from rewards.score import RewardError
 
 PRESET_CONTEXT = {"tiny": 4096, "small": 16384}
@@ -194,6 +196,7 @@ def check_data(file: RecipeFile, name: str, domain: DomainConfig) -> None:
         return
     with naming(file, (*where, domain.data.source.partition(" ")[0])):
         rows = load_rows(domain.data, folder=file.folder, seed=file.recipe.seed)
+    check_sandbox(file, name, domain, rows)
     share = max(other.heldout_share for other in file.recipe.domains.values())
     train, heldout = split(rows, domain.heldout_share, untrained_share=share)
     for side, found in (("train on", train), ("evaluate on", heldout)):
@@ -241,6 +244,16 @@ def check_sft_length(file: RecipeFile, name: str, domain: DomainConfig, rows: li
             f"found {limit}, but the shortest of {len(chosen)} demonstrations has {shortest} "
             "tokens: raise it, or shorten them",
         )
+
+
+def check_sandbox(file: RecipeFile, name: str, domain: DomainConfig, rows: Sequence[Row]) -> None:
+    """Where a reward runs what models write, this machine has a sandbox of the level asked for."""
+    if "programs" not in domain.reward_weights:
+        return
+    with naming(file, ("domains", name, "reward")):
+        items = [("", {**domain.reward_options, **row.fields}) for row in rows]
+        for level in sandbox_levels(items):
+            Sandbox(lowest=level).close()
 
 
 def is_known_generator(data: DataConfig) -> bool:

@@ -42,7 +42,7 @@ TEMPLATES = Path(__file__).resolve().parents[1] / "templates"
 ALONE_THREADS = 2
 """The base is made while nothing else runs: with so many times the threads of other stages."""
 
-UNREWARDED = ("reward", "reward_timeout_s")
+UNREWARDED = ("reward", "reward_options", "reward_timeout_s")
 """Fields of a domain that pretraining, SFT and, without `evaluate_every`, OPD do not read: they
 grade nothing."""
 

@@ -1,0 +1,231 @@
+"""Do a recipe's graders tell right from wrong? Every row's gold answer is graded, and answers that
+are wrong on purpose: silence, "I do not know.", and another row's gold.
+
+A row's gold is its demonstration; without one, what its fields say: `answer`, and for tools the
+calls of `calls`, `solution` or `call`. A row without gold is graded on silence alone, so that what
+cannot be graded at all is found too.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from time import monotonic
+from typing import Any
+
+from posttrain.domains import Row, load_rows
+from posttrain.errors import DataError
+from posttrain.pipeline.recipe import DomainConfig
+from posttrain.pipeline.recipe_file import RecipeFile
+from posttrain.pipeline.words import shown
+from rewards.grader import GradeItem, Grader
+from rewards.puzzles import best_constant
+from rewards.registry import REWARDS
+from rewards.score import RewardError, Score
+
+Message = dict[str, Any]
+Turns = list[Message]
+
+ANSWERED = ("exact", "mathematics", "puzzles", "tools")
+"""Rewards whose gold is a row's `answer` where there is no demonstration."""
+
+SHARED = ("formats", "instructions")
+"""Rewards that another row's gold may well satisfy."""
+
+FIXED = ("", "I do not know.")
+"""Answers that are wrong whatever is asked."""
+
+MAX_SHARED = 0.02
+"""Of the wrong answers, how many may be right after all: two rows may ask for the same thing in
+other words."""
+
+NUM_EXAMPLES = 3
+"""Problems of each kind that are told one by one."""
+
+
+@dataclass
+class GoldFacts:
+    """One reward of one domain: how its graders do on answers whose worth is known."""
+
+    domain: str
+    reward: str
+    num_rows: int
+    num_gold: int = 0
+    """Rows that have a gold answer."""
+    num_right: int = 0
+    """Of them, those whose gold answer scores 1."""
+    num_wrong: int = 0
+    """Wrong answers that were graded."""
+    num_fooled: int = 0
+    """Of them, those that score no less than a gold answer."""
+    best_constant: float | None = None
+    """What the most frequent `answer` would score on all rows; None without answers."""
+    seconds: float = 0.0
+    problems: list[str] = field(default_factory=list[str])
+
+
+@dataclass(frozen=True)
+class GoldReport:
+    """All rewards of a recipe."""
+
+    facts: list[GoldFacts]
+
+    @property
+    def problems(self) -> list[str]:
+        return [problem for fact in self.facts for problem in fact.problems]
+
+    def json(self) -> list[dict[str, Any]]:
+        """The same facts for machines."""
+        return [asdict(fact) for fact in self.facts]
+
+    def text(self) -> str:
+        """The same facts to read."""
+        lines = [_line(fact) for fact in self.facts]
+        return "\n".join([*lines, *(f"  PROBLEM  {problem}" for problem in self.problems)])
+
+    def raise_problems(self) -> None:
+        """Raise DataError where there are any."""
+        if self.problems:
+            more = len(self.problems) - 1
+            raise DataError(self.problems[0] + (f"; and {more} more" if more else ""))
+
+
+def check_gold(file: RecipeFile) -> GoldReport:
+    """Grade what is known to be right and wrong in every domain of a recipe.
+
+    Raises:
+        DataError, RecipeError: the rows cannot be read, or a reward cannot be loaded.
+    """
+    facts: list[GoldFacts] = []
+    for name, domain in file.recipe.domains.items():
+        rows = load_rows(domain.data, folder=file.folder, seed=file.recipe.seed)
+        for reward in _graded(domain):
+            try:
+                facts.append(_facts(name, domain, reward, rows, file))
+            except RewardError as error:
+                raise DataError(f"domain {name!r}: {error}") from None
+    return GoldReport(facts)
+
+
+def _graded(domain: DomainConfig) -> list[str]:
+    """The rewards that are to give 1: ours that count for something, and a user's only one."""
+    weights = domain.reward_weights
+    named = [name for name, weight in weights.items() if name in REWARDS and weight > 0]
+    return named or (list(weights) if len(weights) == 1 else [])
+
+
+def _facts(
+    name: str, domain: DomainConfig, reward: str, rows: Sequence[Row], file: RecipeFile
+) -> GoldFacts:
+    start = monotonic()
+    facts = GoldFacts(name, reward, len(rows))
+    golds = [_gold(row, reward) for row in rows]
+    answers = [row.fields["answer"] for row in rows if "answer" in row.fields]
+    if len(answers) == len(rows):
+        facts.best_constant = best_constant(answers)[1]
+    given = [(row, turns) for row, turns in zip(rows, golds, strict=True) if turns]
+    wrong = list(_wrong(rows, golds, reward))
+    pairs = [*given, *wrong]
+    grader = Grader({reward: 1.0}, folder=file.folder, timeout_s=domain.reward_timeout_s)
+    with grader:
+        scores = grader.score([_item(row, turns, domain.reward_options) for row, turns in pairs])
+    facts.num_gold, facts.num_wrong = len(given), len(wrong)
+    graded = list(zip(pairs, scores, strict=True))
+    missed = [pair for pair in graded[: len(given)] if pair[1].reward != 1.0]
+    fooled = [pair for pair in graded[len(given) :] if pair[1].reward >= 1.0]
+    facts.num_right = facts.num_gold - len(missed)
+    facts.num_fooled = len(fooled)
+    facts.problems += _examples(name, reward, "the gold answer", missed)
+    borrowed = sum(_content(turns) not in FIXED for (_, turns), _ in fooled)
+    if reward in SHARED or borrowed <= MAX_SHARED * len(wrong):
+        fooled = [pair for pair in fooled if _content(pair[0][1]) in FIXED]
+    facts.problems += _examples(name, reward, "a wrong answer", fooled)
+    if grader.failures["bad_gold"]:
+        facts.problems.append(
+            f"domain {name!r}, reward {reward!r}: {grader.failures['bad_gold']} answers could not "
+            f"be graded, such as: {_first_bad(scores)}"
+        )
+    facts.seconds = monotonic() - start
+    return facts
+
+
+def _gold(row: Row, reward: str) -> Turns | None:
+    """The model's turns of a right answer."""
+    if row.response:
+        return row.response
+    fields = row.fields
+    if reward not in ANSWERED:
+        return None
+    calls = fields.get("calls") or fields.get("solution")
+    if calls is None and fields.get("call"):
+        calls = [fields["call"]]
+    if calls is None and "answer" not in fields:
+        return None
+    turns: Turns = []
+    if reward == "tools" and calls:
+        turns.append({"role": "assistant", "content": "", "tool_calls": list(calls)})
+    return [*turns, {"role": "assistant", "content": str(fields.get("answer", "done"))}]
+
+
+def _wrong(
+    rows: Sequence[Row], golds: Sequence[Turns | None], reward: str
+) -> Iterator[tuple[Row, Turns]]:
+    """Silence for every row; for those with gold also ignorance and the next one's gold."""
+    for number, row in enumerate(rows):
+        yield row, [{"role": "assistant", "content": FIXED[0]}]
+        gold = golds[number]
+        if gold is None:
+            continue
+        if reward not in SHARED:
+            yield row, [{"role": "assistant", "content": FIXED[1]}]
+        others = (golds[(number + i) % len(rows)] for i in range(1, min(len(rows), 20)))
+        other = next((turns for turns in others if turns and _differs(turns, gold)), None)
+        if other is not None and not _same_answer(rows, number, golds, other):
+            yield row, other
+
+
+def _same_answer(
+    rows: Sequence[Row], number: int, golds: Sequence[Turns | None], other: Turns
+) -> bool:
+    """Whether the other row asks for the same answer, in other words."""
+    place = next(i for i, turns in enumerate(golds) if turns is other)
+    mine, theirs = rows[number].fields, rows[place].fields
+    return mine == theirs or ("answer" in mine and mine["answer"] == theirs.get("answer"))
+
+
+def _differs(turns: Turns, gold: Turns) -> bool:
+    return _content(turns).split() != _content(gold).split()
+
+
+def _content(turns: Turns) -> str:
+    return str(turns[-1]["content"])
+
+
+def _item(row: Row, turns: Turns, options: Mapping[str, Any]) -> GradeItem:
+    fields = {**options, **row.fields, "messages": [*row.messages, *turns]}
+    return GradeItem(response=_content(turns), row=fields)
+
+
+def _examples(
+    name: str, reward: str, what: str, graded: Sequence[tuple[tuple[Row, Turns], Score]]
+) -> list[str]:
+    """The first few as problems, and how many there are."""
+    problems = [
+        f"domain {name!r}, reward {reward!r}: {what} {shown(_content(turns))} to "
+        f"{shown(row.messages[-1]['content'])} scores {score.reward:g}: {score.reason}"
+        for (row, turns), score in graded[:NUM_EXAMPLES]
+    ]
+    if len(graded) > NUM_EXAMPLES:
+        problems.append(f"domain {name!r}, reward {reward!r}: {what} does so {len(graded)} times")
+    return problems
+
+
+def _first_bad(scores: Sequence[Score]) -> str:
+    return next((score.reason for score in scores if not score.terms), "?")
+
+
+def _line(fact: GoldFacts) -> str:
+    constant = "" if fact.best_constant is None else f"; a constant scores {fact.best_constant:.3f}"
+    return (
+        f"{fact.domain}: reward {fact.reward}, {fact.num_rows} rows: {fact.num_right} of "
+        f"{fact.num_gold} gold answers score 1, {fact.num_fooled} of {fact.num_wrong} wrong ones "
+        f"do{constant} ({fact.seconds:.1f} s)"
+    )
