@@ -63,11 +63,16 @@ class ScoredExample:
 
 
 def example_from_rollout(
-    rollout: Rollout, *, teachers: Mapping[str, float], is_warmup: bool = False
+    rollout: Rollout,
+    *,
+    teachers: Mapping[str, float],
+    is_warmup: bool = False,
+    num_learned: int | None = None,
 ) -> Example | None:
-    """None where the rollout holds no own token: nothing can be learned from it."""
-    start = len(rollout.prompt) - 1
-    positions = [start + t for t, is_own in enumerate(rollout.is_own) if is_own]
+    """Of the first `num_learned` tokens of the response, or all. None where they hold no own token:
+    nothing can be learned from it."""
+    start, is_own = len(rollout.prompt) - 1, rollout.is_own[:num_learned]
+    positions = [start + t for t, own in enumerate(is_own) if own]
     if not positions:
         return None
     token_ids = [*rollout.prompt, *rollout.response]

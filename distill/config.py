@@ -80,6 +80,21 @@ class TeacherSamplesConfig(Config):
     needed first. Steps walk through these answers again and again."""
 
 
+class EndingsConfig(Config):
+    """What is learned of rollouts that end in a loop or out of tokens. How many do is logged as
+    `looped/<domain>` and `truncated/<domain>`, what is left out for it as `masked_tokens/<domain>`
+    and `dropped/<domain>`."""
+
+    looped: Literal["keep", "mask", "drop"] = "keep"
+    """A rollout that ends in a loop: `keep`: all its tokens; `mask`: those before the loop and of
+    its first round; `drop`: none."""
+    truncated: Literal["keep", "drop"] = "keep"
+    """A rollout that max_new_tokens cuts: `keep`: all its tokens; `drop`: none."""
+    loop_window: int = Field(default=32, ge=4)
+    """A rollout ends in a loop if its last so many tokens repeat a pattern of at most a quarter of
+    them."""
+
+
 class LearnersConfig(Config):
     """The processes that learn together; they take the steps that one would take."""
 
@@ -130,6 +145,8 @@ class DistillConfig(Config):
     """What is minimised at each token."""
     learners: LearnersConfig = LearnersConfig()
     """The processes that learn together."""
+    endings: EndingsConfig = EndingsConfig()
+    """What is learned of rollouts that end in a loop or out of tokens."""
     guard: GuardConfig = GuardConfig()
     """Which gradients are not used."""
     checkpoint_every: int = Field(default=20, ge=1)

@@ -17,6 +17,7 @@ import torch
 from distill.allocation import GapDeal
 from distill.asynchronous import Pipeline
 from distill.config import DistillConfig, OpdStage
+from distill.endings import Until, learned_until
 from distill.hiring import HASHES, open_pool
 from distill.kept_rollouts import KeptRollouts
 from distill.ranks import hire_learners
@@ -77,7 +78,13 @@ def work(stage: OpdStage, job: Job) -> None:
             tokens_seen += sum(len(row.example.positions) for row in rows)
             numbers = {name: float(value) for name, value in learned.items()}
             num_skipped = len(batch.rollouts) - len(rows)
-            numbers |= describe(batch.rollouts, version=step, num_skipped=num_skipped)
+            numbers |= describe(
+                batch.rollouts,
+                version=step,
+                num_skipped=num_skipped,
+                until=until_of(config),
+                loop_window=config.endings.loop_window,
+            )
             numbers |= {"tokens_seen": tokens_seen, "roster": version, **score(step + 1)}
             job.metrics.log(step + 1, config.num_steps, **numbers)
             history.append(numbers)
@@ -121,9 +128,14 @@ def make_pipeline(
 
     def plan(step: int, version: int) -> Callable[[], tuple[Batch, OpdStage, int]]:
         now, roster = rosters.at(step)
-        is_warmup = step < config.teacher_samples.warmup_steps
-        options = {"mixtures": now.mixtures, "step": step, "is_warmup": is_warmup}
-        read = partial(read_along, teachers=teachers, **options)
+        read = partial(
+            read_along,
+            mixtures=now.mixtures,
+            teachers=teachers,
+            step=step,
+            is_warmup=step < config.teacher_samples.warmup_steps,
+            until=until_of(config),
+        )
         if (found := kept.find(step)) is not None:
             rollouts = [rollout for rollout in found if rollout.domain in now.teachers]
             return lambda: (read(rollouts, rollouts), now, roster)
@@ -147,6 +159,11 @@ def make_pipeline(
 
     first, depth = len(history), config.max_staleness
     return Pipeline(plan, first=first, num_steps=config.num_steps, depth=depth)
+
+
+def until_of(config: DistillConfig) -> Until:
+    """Which tokens of a rollout are learned from."""
+    return partial(learned_until, **config.endings.model_dump())
 
 
 @contextmanager

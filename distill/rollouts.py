@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 
 from distill.batch import Example, ScoredExample, example_from_rollout
+from distill.endings import Until, describe_endings, whole
 from distill.schedule import Visit
 from distill.teachers import Teachers
 from posttrain.rollout.types import Request, Rollout
@@ -49,9 +50,11 @@ def read_along(
     *,
     step: int,
     is_warmup: bool = False,
+    until: Until = whole,
 ) -> Batch:
     """Ask the teachers as the rollouts of the requests come in; `mixtures` gives each domain its
-    weighted teachers. In a warm-up step rows are learned by the forward KL."""
+    weighted teachers. In a warm-up step rows are learned by the forward KL; of a rollout the tokens
+    `until(rollout)` are."""
     names_of = {domain: " + ".join(sorted(mixture)) for domain, mixture in mixtures.items()}
     left = Counter(names_of[request.domain] for request in requests)
     found: dict[str, list[Rollout]] = defaultdict(list)
@@ -64,7 +67,7 @@ def read_along(
             found[names].sort(key=lambda r: (r.domain, r.prompt_id, r.sample, r.sampled_by))
             coming = [mixtures[domain] for domain in sorted(mixtures) if left[names_of[domain]] > 0]
             then = min(coming[0]) if coming else None
-            examples = examples_of(found[names], mixtures, is_warmup=is_warmup)
+            examples = examples_of(found[names], mixtures, is_warmup=is_warmup, until=until)
             answers[names] = teachers.ask(examples, step=step, then=then)
     return Batch(
         [rollout for names in sorted(found) for rollout in found[names]],
@@ -73,11 +76,18 @@ def read_along(
 
 
 def examples_of(
-    rollouts: Iterable[Rollout], mixtures: Mapping[str, Mapping[str, float]], *, is_warmup: bool
+    rollouts: Iterable[Rollout],
+    mixtures: Mapping[str, Mapping[str, float]],
+    *,
+    is_warmup: bool,
+    until: Until,
 ) -> list[Example]:
-    """What there is to learn; rollouts without an own token are left out."""
+    """What there is to learn; rollouts without an own token among those are left out."""
     examples = (
-        example_from_rollout(r, teachers=mixtures[r.domain], is_warmup=is_warmup) for r in rollouts
+        example_from_rollout(
+            r, teachers=mixtures[r.domain], is_warmup=is_warmup, num_learned=until(r)
+        )
+        for r in rollouts
     )
     return [example for example in examples if example is not None]
 
@@ -87,12 +97,14 @@ def token_versions(rollout: Rollout) -> list[int]:
     return rollout.versions or [rollout.version] * len(rollout.response)
 
 
-def describe(rollouts: Sequence[Rollout], *, version: int, num_skipped: int) -> dict[str, float]:
+def describe(
+    rollouts: Sequence[Rollout], *, version: int, num_skipped: int, until: Until, loop_window: int
+) -> dict[str, float]:
     """Of the student's own rollouts, but for `off_policy_prompts/<domain>`, which counts the
     teachers'. `prompts/<domain>`: rollouts; `length/<domain>`: their mean own tokens;
-    `truncated/<domain>`: share cut at max_new_tokens; `staleness`: versions from those that sampled
-    to the learner's `version`, a rollout's mean, `staleness_max` a token's largest; `skipped`: all
-    rollouts without an own token."""
+    `staleness`: versions from those that sampled to the learner's `version`, a rollout's mean,
+    `staleness_max` a token's largest; `skipped`: all rollouts of which nothing is learned; and how
+    they end (endings.py)."""
     numbers: dict[str, float] = {"skipped": num_skipped}
     taught = Counter(rollout.domain for rollout in rollouts if rollout.sampled_by)
     numbers |= {f"off_policy_prompts/{domain}": count for domain, count in taught.items()}
@@ -106,6 +118,4 @@ def describe(rollouts: Sequence[Rollout], *, version: int, num_skipped: int) -> 
     for domain, group in by_domain.items():
         numbers[f"prompts/{domain}"] = len(group)
         numbers[f"length/{domain}"] = sum(sum(r.is_own) for r in group) / len(group)
-        is_cut = [r.finish_reason == "length" for r in group]
-        numbers[f"truncated/{domain}"] = sum(is_cut) / len(group)
-    return numbers
+    return numbers | describe_endings(rollouts, until=until, loop_window=loop_window)

@@ -38,7 +38,7 @@ class Run:
                 int(value or 0)
                 for record in records
                 for name, value in record.items()
-                if name == "tokens" or name.startswith("tokens/")
+                if name == "tokens" or name.startswith(("tokens/", "off_policy_tokens/"))
             )
             for stage, records in self.records.items()
         }
