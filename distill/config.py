@@ -95,6 +95,17 @@ class EndingsConfig(Config):
     them."""
 
 
+class EarlyStopConfig(Config):
+    """When a run ends before num_steps: every domain's KL has flattened."""
+
+    max_slope: float | None = Field(default=None, gt=0)
+    """It ends where a line through each domain's `kl/<domain>` of the last `window` steps rises or
+    falls over them by at most so many times their mean; the largest is logged as `kl_slope`, and
+    `stopped` in the last step. 0.05 is a change of 5%. Null: it never does."""
+    window: int = Field(default=20, ge=3)
+    """Steps that the line goes through."""
+
+
 class LearnersConfig(Config):
     """The processes that learn together; they take the steps that one would take."""
 
@@ -147,6 +158,8 @@ class DistillConfig(Config):
     """The processes that learn together."""
     endings: EndingsConfig = EndingsConfig()
     """What is learned of rollouts that end in a loop or out of tokens."""
+    early_stop: EarlyStopConfig = EarlyStopConfig()
+    """When a run ends before num_steps."""
     guard: GuardConfig = GuardConfig()
     """Which gradients are not used."""
     checkpoint_every: int = Field(default=20, ge=1)

@@ -18,6 +18,7 @@ from distill.allocation import GapDeal
 from distill.asynchronous import Pipeline
 from distill.config import DistillConfig, OpdStage
 from distill.endings import Until, learned_until
+from distill.flatness import describe_flatness, is_stopped
 from distill.hiring import HASHES, open_pool
 from distill.kept_rollouts import KeptRollouts
 from distill.ranks import hire_learners
@@ -63,11 +64,15 @@ def work(stage: OpdStage, job: Job) -> None:
         make_pipeline(stage, job, model, tasks, teachers, rosters, kept, history) as pipeline,
     ):
         score = scorer(model, tasks, config, job.seed)
+        tell, flat = tellers(config, list(tasks))
         tokens_seen = history[-1]["tokens_seen"] if first else 0
         if not first and (scores := score(0)):
             job.metrics.log(0, config.num_steps, tokens_seen=0, **scores)
-        pipeline.publish(first)
+        if not is_stopped(history):
+            pipeline.publish(first)
         for step in range(first, config.num_steps):
+            if is_stopped(history):
+                break
             batch, now, version = pipeline.take(step)
             rows = batch.rows()
             learner.weigh(now.shares)
@@ -77,18 +82,17 @@ def work(stage: OpdStage, job: Job) -> None:
             checkpoint.heed_guard()
             tokens_seen += sum(len(row.example.positions) for row in rows)
             numbers = {name: float(value) for name, value in learned.items()}
-            num_skipped = len(batch.rollouts) - len(rows)
-            numbers |= describe(
-                batch.rollouts,
-                version=step,
-                num_skipped=num_skipped,
-                until=until_of(config),
-                loop_window=config.endings.loop_window,
+            numbers |= tell(
+                batch.rollouts, version=step, num_skipped=len(batch.rollouts) - len(rows)
             )
-            numbers |= {"tokens_seen": tokens_seen, "roster": version, **score(step + 1)}
-            job.metrics.log(step + 1, config.num_steps, **numbers)
+            numbers |= {"tokens_seen": tokens_seen, "roster": version}
             history.append(numbers)
-            pipeline.publish(step + 1)
+            numbers |= flat(history)
+            is_last = is_stopped(history) or step + 1 == config.num_steps
+            numbers |= score(step + 1, is_last=is_last)
+            job.metrics.log(step + 1, config.num_steps, **numbers)
+            if not is_last:
+                pipeline.publish(step + 1)
             if (step + 1) % config.checkpoint_every == 0:
                 pipeline.wait()
                 if checkpoint.save(step + 1):
@@ -166,6 +170,17 @@ def until_of(config: DistillConfig) -> Until:
     return partial(learned_until, **config.endings.model_dump())
 
 
+def tellers(
+    config: DistillConfig, domains: Sequence[str]
+) -> tuple[Callable[..., dict[str, float]], Callable[..., dict[str, float]]]:
+    """`describe` and `describe_flatness` as the config has them."""
+    window = config.endings.loop_window
+    return (
+        partial(describe, until=until_of(config), loop_window=window),
+        partial(describe_flatness, domains=domains, **config.early_stop.model_dump()),
+    )
+
+
 @contextmanager
 def open_tasks(stage: OpdStage, tokenizer: Any, job: Job) -> Generator[dict[str, Task]]:
     """The domains at work by name; their graders and tools end with the context."""
@@ -180,18 +195,19 @@ def open_tasks(stage: OpdStage, tokenizer: Any, job: Job) -> Generator[dict[str,
 
 def scorer(
     model: Any, tasks: Mapping[str, Task], config: DistillConfig, seed: int
-) -> Callable[[int], dict[str, float]]:
-    """Given how many steps are done, the student's scores where they are due, else nothing."""
+) -> Callable[..., dict[str, float]]:
+    """Given how many steps are done, and whether they are all, the student's scores where they are
+    due, else nothing."""
     if not config.evaluate_every:
-        return lambda _: {}
+        return lambda _, is_last=False: {}
     requests = heldout_requests(
         tasks, num_prompts=config.evaluate_prompts, num_samples=config.evaluate_samples
     )
 
     engine = Engine(model, num_slots=config.num_slots, seed=seed)
 
-    def score(step: int) -> dict[str, float]:
-        is_due = step % config.evaluate_every == 0 or step == config.num_steps
+    def score(step: int, *, is_last: bool = False) -> dict[str, float]:
+        is_due = is_last or step % config.evaluate_every == 0
         return sampled_scores(engine, requests, tasks) if is_due else {}
 
     return score

@@ -26,7 +26,7 @@ from posttrain.report_page import (
     score_table,
     time_bars,
 )
-from posttrain.report_words import duration, verdict
+from posttrain.report_words import duration, early_stops, verdict
 
 PACKAGES = ("posttrain", "torch", "transformers", "trl", "accelerate", "ray", "numpy")
 
@@ -53,7 +53,7 @@ def to_json(stage: ReportStage, run: Run, numbers: Numbers) -> dict[str, Any]:
     """What report.json holds."""
     return {
         "name": stage.name,
-        "verdict": " ".join(verdict(numbers, stage.domains)),
+        "verdict": " ".join(sentences(stage, run, numbers)),
         "checkpoints": numbers.checkpoints,
         "headroom": numbers.headroom,
         "headroom_intervals": numbers.headroom_intervals,
@@ -78,7 +78,7 @@ def render(stage: ReportStage, run: Run, numbers: Numbers) -> str:
     )
     return environment.get_template("report.html.j2").render(
         name=stage.name,
-        verdict=verdict(numbers, stage.domains),
+        verdict=sentences(stage, run, numbers),
         domains=stage.domains,
         table=score_table(numbers, stage.domains),
         bars=score_bars(numbers, stage.domains),
@@ -91,6 +91,11 @@ def render(stage: ReportStage, run: Run, numbers: Numbers) -> str:
         recipe=stage.recipe,
         versions=versions(),
     )
+
+
+def sentences(stage: ReportStage, run: Run, numbers: Numbers) -> list[str]:
+    """The run in words."""
+    return [*verdict(numbers, stage.domains), *early_stops(run.records)]
 
 
 def versions() -> dict[str, str]:

@@ -1,6 +1,7 @@
 """What the report says in words: names of checkpoints, the verdict, the figures' spelling."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from posttrain.report_numbers import MACRO, Cell, Numbers
 
@@ -108,6 +109,17 @@ def verdict(numbers: Numbers, domains: Sequence[str]) -> list[str]:
         f"{decimal(base['score'])} and each domain's own specialist {decimal(oracle['score'])}."
     )
     return [first, *against_baselines(numbers)]
+
+
+def early_stops(records: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
+    """A sentence for each distillation that ended before its last step, by stage's metrics."""
+    ended = [(stage, rows[-1]) for stage, rows in records.items() if rows and "stopped" in rows[-1]]
+    return [
+        f"{label(stage)} stopped after {row['step']} of {row['total']} steps, where every domain's "
+        "KL was flat."
+        for stage, row in ended
+        if row["step"] < row["total"]
+    ]
 
 
 def against_baselines(numbers: Numbers) -> list[str]:

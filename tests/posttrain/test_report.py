@@ -20,7 +20,7 @@ from posttrain.report_data import read_run
 from posttrain.report_numbers import MACRO, Numbers, compute_numbers
 from posttrain.report_page import score_curves
 from posttrain.report_plots import log_ticks, nice_ticks, running_mean
-from posttrain.report_words import percent, signed, verdict
+from posttrain.report_words import early_stops, percent, signed, verdict
 
 DOMAINS = ["mathematics", "code", "agent", "instructions"]
 NUM_PROMPTS, NUM_SAMPLES = 96, 8
@@ -334,6 +334,14 @@ def test_the_verdict_knows_ahead_level_and_behind(student: list[float], words: s
         }
     )
     assert words in " ".join(verdict(found, ["a"]))
+
+
+def test_a_distillation_that_ended_early_is_told_and_one_that_did_not_is_not() -> None:
+    ended = [{"step": 36, "total": 80}, {"step": 37, "total": 80, "stopped": 1}]
+    whole = [{"step": 80, "total": 80, "stopped": 1}]  # flat in its last step
+    assert early_stops({"opd": ended, "opd/jsd": whole, "base": []}) == [
+        "OPD stopped after 37 of 80 steps, where every domain's KL was flat."
+    ]
 
 
 def test_the_verdict_claims_no_share_of_a_lead_within_noise() -> None:
