@@ -7,7 +7,7 @@ for whole blocks (`room_for`): shown on CPU (tests/backbone/test_chunks.py), whe
 of such shapes round each row alike. Places past a row's end are computed like tokens, which none of
 its tokens sees, and leave nothing in the cache.
 
-Legend: B slots, D rows of a chunk, C its columns, T tokens of a step, H hidden size.
+Legend: B slots, from the first on, D rows of a chunk, C its columns, T tokens of a step, H hidden size.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from posttrain.backbone import decode_hyper
@@ -60,7 +61,7 @@ def step(
 
     Args:
         model: a V4Model.
-        token_B: a token for every slot; None: none.
+        token_B: a token for each of the first slots, of all or fewer; None: none.
         is_live_B: 0/1, the slots that advance. No slot is both live and in the chunk.
         reach: tokens that the longest row will hold, at least.
         tape: takes down the experts of the real tokens, live slots' first.
@@ -76,7 +77,7 @@ def step(
             x_TNH = layer(x_TNH, token_id_T=id_T, context=context)
         hidden_TH = model.norm(decode_hyper.collapse(model.hc_head, x_TNH))
     if is_live_B is not None and token_B is not None:
-        cache.advance(is_live_B)
+        cache.advance(F.pad(is_live_B, (0, cache.num_slots - len(is_live_B))))
     if chunk is not None:
         cache.length_B = cache.length_B.index_add(0, chunk.slot_D, chunk.length_D)
     return hidden_TH.clone()
@@ -91,12 +92,12 @@ def _context(
     reach: int,
     tape: RouteTape | None,
 ) -> tuple[Tensor, DecodeContext]:
-    device, slots = cache.length_B.device, cache.num_slots
+    device, slots = cache.length_B.device, 0 if token_B is None else len(token_B)
     ids, slot, position, is_real, parts = [], [], [], [], []
     if token_B is not None and is_live_B is not None:
         ids.append(token_B)
         slot.append(torch.arange(slots, device=device))
-        position.append(cache.length_B)
+        position.append(cache.length_B[:slots])
         is_real.append(is_live_B.bool())
         parts.append(Part(0, slots))
     if chunk is not None:
@@ -111,8 +112,7 @@ def _context(
         slot.append(chunk.slot_D.repeat_interleave(columns))
         position.append((cache.length_B[chunk.slot_D][:, None] + column_C).flatten())
         is_real.append((column_C < chunk.length_D[:, None]).flatten())
-        first = slots if parts else 0
-        parts.append(Part(first, first + rows * columns, chunk.slot_D))
+        parts.append(Part(slots, slots + rows * columns, chunk.slot_D))
     is_real_T = torch.cat(is_real)
     context = context_of(
         model,

@@ -31,7 +31,7 @@ SCORES_AT_ONCE = 1 << 18
 @dataclass(frozen=True)
 class Part:
     """Tokens first .. end - 1 of a step, as many of each of the slots `slot_D`; None: one of each
-    slot."""
+    of the first slots."""
 
     first: int
     end: int
@@ -39,7 +39,7 @@ class Part:
 
     def of(self, x_BKX: Tensor) -> Tensor:
         """Of what all slots have, these slots'."""
-        return x_BKX if self.slot_D is None else x_BKX[self.slot_D]
+        return x_BKX[: self.end - self.first] if self.slot_D is None else x_BKX[self.slot_D]
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from posttrain.backbone.decode_keys import whole
 from posttrain.rollout.row import Row
 
 
@@ -41,6 +42,8 @@ class Batch:
 
     def admit(self) -> list[Row]:
         """Fill the free slots. Gives out rows that had ended before."""
+        if self._waiting.peek() is None:
+            self._close_up()
         ended: list[Row] = []
         taken: list[Row] = []
         while (row := self._waiting.peek()) is not None and (self._free or row.is_done):
@@ -60,6 +63,22 @@ class Batch:
                     self._leader[row.slot] = leader
             self.rows[row.slot] = row
         return ended
+
+    def _close_up(self) -> None:
+        """Move rows down where that leaves a block of slots empty: a step reaches up to the highest
+        that decodes."""
+        end = whole(len(self.rows))
+        sources = [slot for slot in self.rows if slot >= end]
+        if not sources:
+            return
+        targets = [heappop(self._free) for _ in sources]
+        self._slots.copy(sources, targets)
+        for source, target in zip(sources, targets, strict=True):
+            row = self.rows[target] = self.rows.pop(source)
+            row.slot = target
+            if source in self._leader:
+                self._leader[target] = self._leader.pop(source)
+            heappush(self._free, source)
 
     def _is_reader_for(self, reader: Row, row: Row) -> bool:
         is_reading = reader.is_reading_prompt and reader.slot not in self._leader
@@ -113,7 +132,7 @@ class Batch:
         """The rows that waited for `leader`, now where it is."""
         slots = [slot for slot, row in self._leader.items() if row is leader]
         if slots:
-            self._slots.share(leader.slot, slots)
+            self._slots.copy([leader.slot] * len(slots), slots)
         for slot in slots:
             del self._leader[slot]
             self.rows[slot].unread, self.rows[slot].routes = [], list(leader.routes)

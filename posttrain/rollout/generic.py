@@ -77,13 +77,13 @@ class GenericSlots:
     def __init__(self, model: Any, num_slots: int) -> None:
         """Raises ValueError: layers that keep something else of the past, or not all of it."""
         check_layers(model.config)
-        self._model, self._width = model, whole(num_slots)
-        self._filling, self._shelf = self._width, self._width + 1  # slots that no row has
-        self._rows = SlotRows(self._width + 2)
+        self._model, width = model, whole(num_slots)
+        self._filling, self._shelf = width, width + 1  # slots that no row has
+        self._rows = SlotRows(width + 2)
         layers = model.config.get_text_config().num_hidden_layers
         self._layers = [SlotLayer(self._rows) for _ in range(layers)]
         self._cache = Cache(layers=[*self._layers])
-        self._held = [0] * (self._width + 2)
+        self._held = [0] * (width + 2)
 
     def step(
         self,
@@ -97,7 +97,7 @@ class GenericSlots:
             raise ValueError("wants_routes: only V4 models tell which experts tokens went to")
         found: list[Tensor] = []
         if live:
-            rows = [(slot, [live.get(slot, 0)]) for slot in range(self._width)]
+            rows = [(slot, [live.get(slot, 0)]) for slot in range(whole(max(live) + 1))]
             found.append(self._forward(rows)[sorted(live)])
         if reading:
             fill = whole(len(reading)) - len(reading)
@@ -138,22 +138,22 @@ class GenericSlots:
         for slot in slots:
             self._held[slot] = 0
 
-    def share(self, source: int, targets: Sequence[int]) -> None:
-        """Make the targets what the source slot is."""
+    def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Make each target what its source slot is."""
         for layer in self._layers:
             for x in (layer.keys, layer.values):
                 assert x is not None
-                x[list(targets)] = x[source].clone()
-        for target in targets:
+                x[list(targets)] = x[list(sources)]
+        for source, target in zip(sources, targets, strict=True):
             self._held[target] = self._held[source]
 
     def shelve(self, slot: int) -> None:
         """Keep what the slot is, in the place of what was kept before."""
-        self.share(slot, [self._shelf])
+        self.copy([slot], [self._shelf])
 
     def unshelve(self, slots: Sequence[int]) -> None:
         """Make these slots what was kept."""
-        self.share(self._shelf, slots)
+        self.copy([self._shelf] * len(slots), slots)
 
 
 def check_layers(config: Any) -> None:

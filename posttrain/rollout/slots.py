@@ -1,7 +1,7 @@
 """The slots of a V4 model: what the engine asks of a model, on the slot cache.
 
-The number of slots is filled up to whole blocks of 16, and so are the rows of the head: then no
-row's bits depend on the others (posttrain/backbone/chunks.py).
+A step reaches from the first slot to the highest that decodes, filled up to whole blocks of 16, and
+so are the rows of the head: then no row's bits depend on the others (posttrain/backbone/chunks.py).
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ class V4Slots:
     """Rows of tokens in slots, and one prompt on the shelf to be copied from."""
 
     def __init__(self, model: Any, num_slots: int) -> None:
-        self._model, self._width = model, whole(num_slots)
+        self._model, num_slots = model, whole(num_slots)
         window = model.config.sliding_window
         self._num_spare = whole(window + COLUMNS - 1) - window
-        self._cache, self._shelf = self._new_cache(self._width), self._new_cache(1)
-        self._held = [0] * self._width
+        self._cache, self._shelf = self._new_cache(num_slots), self._new_cache(1)
+        self._held = [0] * num_slots
         self._held_on_shelf = 0
 
     def step(
@@ -50,7 +50,7 @@ class V4Slots:
         device, slots = self._model.device, sorted(live)
         token_B = is_live_B = chunk = None
         if slots:
-            token_B, is_live_B = torch.zeros(2, self._width, dtype=torch.long)
+            token_B, is_live_B = torch.zeros(2, whole(slots[-1] + 1), dtype=torch.long)
             token_B[slots], is_live_B[slots] = torch.tensor([live[slot] for slot in slots]), 1
             token_B, is_live_B = token_B.to(device), is_live_B.to(device)
         if reading:
@@ -73,7 +73,7 @@ class V4Slots:
             self._held[slot] += 1
         for slot, ids in reading:
             self._held[slot] += len(ids)
-        first = self._width if slots else 0
+        first = 0 if token_B is None else len(token_B)
         ends = [first + row * COLUMNS + len(ids) - 1 for row, (_, ids) in enumerate(reading)]
         places = [*slots, *ends]
         places += places[:1] * (whole(len(places)) - len(places))
@@ -96,10 +96,10 @@ class V4Slots:
         for slot in slots:
             self._held[slot] = 0
 
-    def share(self, source: int, targets: Sequence[int]) -> None:
-        """Make the targets what the source slot is."""
-        self._copy(self._cache, [source] * len(targets), self._cache, targets)
-        for target in targets:
+    def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Make each target what its source slot is."""
+        self._copy(self._cache, sources, self._cache, targets)
+        for source, target in zip(sources, targets, strict=True):
             self._held[target] = self._held[source]
 
     def shelve(self, slot: int) -> None:

@@ -1,0 +1,246 @@
+"""The rollout engine beside transformers' `generate`: `python benchmarks/rollout.py`.
+
+256 prompts of 8 to 128 tokens, answers of geometric length with mean 48, the same on both sides,
+sampled at T = 1 from the same weights; fp32, one thread, every measurement a process of its own.
+`generate` runs the stock DeepSeek-V4 class in batches of several sizes, left padded, in the order of
+the prompts, each until the longest answer of its batch is done; its best size is what ours is
+measured against. (Stock is wrong on padded rows of V4, which costs it no time.) Times are of the
+processor; memory is the peak above what the process held once the model was built.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from measured import Json, forget_peak, machine, memory_mib, place, write
+from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers.models.deepseek_v4 import DeepseekV4ForCausalLM
+
+from posttrain.backbone import V4ForCausalLM, preset_config
+from posttrain.rollout import Request, slots
+from posttrain.rollout.engine import Engine
+
+VOCAB = 512
+SHORTEST, LONGEST, MEAN_ANSWER = 8, 128, 48
+PRESETS = ("tiny", "small")
+SLOTS = (64, 128)
+BATCHES = (32, 64, 128, 256)
+TARGET, TARGET_OUTSIDE = 5.0, 0.15
+
+Prompts = list[tuple[list[int], int]]
+"""Prompts, and how long each one's answer is."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--page", type=Path, default=Path("docs/rollout-speed.md"))
+    parser.add_argument("--prompts", type=int, default=256)
+    parser.add_argument("--presets", nargs="*", default=PRESETS)
+    parser.add_argument("--slots", type=int, nargs="*", default=SLOTS)
+    parser.add_argument("--batches", type=int, nargs="*", default=BATCHES)
+    parser.add_argument("--repeats", type=int, default=3, help="of ours and of stock's best")
+    parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    if arguments.worker:
+        peer, preset, rows = arguments.worker
+        found = PEERS[peer](preset, int(rows), make_prompts(arguments.prompts))
+        sys.stdout.write(json.dumps(found) + "\n")
+        return
+    data: Json = {**machine(), "prompts": arguments.prompts, "rows": []}
+    for preset in arguments.presets:
+        ways = [("posttrain", n) for n in arguments.slots]
+        ways += [("stock", n) for n in arguments.batches]
+        found = {way: [run_worker(*way, preset, arguments.prompts)] for way in ways}
+        best = min(ways[len(arguments.slots) :], key=lambda way: found[way][0]["processor_s"])
+        for _ in range(arguments.repeats - 1):
+            for way in (*ways[: len(arguments.slots)], best):
+                found[way].append(run_worker(*way, preset, arguments.prompts))
+        data["rows"] += [
+            {"preset": preset, "peer": way[0], "width": way[1], "best": way == best, **middle(runs)}
+            for way, runs in found.items()
+        ]
+        write(arguments.page, data, page)
+
+
+def middle(runs: list[Json]) -> Json:
+    """The median of each number."""
+    return {name: statistics.median(run[name] for run in runs) for name in runs[0]} | {
+        "repeats": len(runs)
+    }
+
+
+def run_worker(peer: str, width: int, preset: str, num_prompts: int) -> Json:
+    sys.stderr.write(f"{preset}: {peer}, {width} rows ...")
+    sys.stderr.flush()
+    command = [sys.executable, __file__, "--prompts", str(num_prompts)]
+    done = subprocess.run(
+        [*command, "--worker", peer, preset, str(width)],
+        stdout=subprocess.PIPE,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        text=True,
+        check=True,
+    )
+    found: Json = json.loads(done.stdout.splitlines()[-1])
+    sys.stderr.write(f" {found['processor_s']:.1f} s\n")
+    return found
+
+
+def make_prompts(count: int) -> Prompts:
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(SHORTEST, LONGEST + 1, (count,), generator=generator).tolist()
+    share = torch.rand(count, generator=generator, dtype=torch.float64)
+    answers = 1 + (share.log() / torch.tensor(1 - 1 / MEAN_ANSWER).log()).long()
+    return [
+        (torch.randint(3, VOCAB, (length,), generator=generator).tolist(), answer)
+        for length, answer in zip(lengths, answers.tolist(), strict=True)
+    ]
+
+
+def make_model(preset: str, model_class: Any) -> Any:
+    make_config: Any = preset_config
+    config = make_config(preset, vocab_size=VOCAB, bos_token_id=0, eos_token_id=1, pad_token_id=2)
+    torch.manual_seed(0)
+    model: Any = V4ForCausalLM(config)
+    if model_class is V4ForCausalLM:
+        return model.eval()
+    weights = model.state_dict()
+    stock = model_class(
+        make_config(preset, vocab_size=VOCAB, bos_token_id=0, eos_token_id=1, pad_token_id=2)
+    )
+    stock.load_state_dict(weights)
+    return stock.eval()
+
+
+class Clock:
+    """Processor time that went by inside of `runs`, and how often that was."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    @contextmanager
+    def runs(self) -> Any:
+        before = time.process_time()
+        yield
+        self.seconds += time.process_time() - before
+
+    def timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with self.runs():
+                return function(*args, **kwargs)
+
+        return call
+
+
+def ours(preset: str, num_slots: int, prompts: Prompts) -> Json:
+    """One run of the engine; `forward_s` is what the model's layers and head took of it."""
+    model, forward, whole = make_model(preset, V4ForCausalLM), Clock(), Clock()
+    engine = Engine(model, num_slots=num_slots, seed=0)
+    list(engine.run([Request("warm", [3, 4, 5], max_new_tokens=3)]))
+    requests = [
+        Request(f"{i}", prompt, max_new_tokens=answer) for i, (prompt, answer) in enumerate(prompts)
+    ]
+    slots.step = forward.timed(slots.step)
+    model.lm_head.forward = forward.timed(model.lm_head.forward)
+    base = memory_mib("VmRSS")
+    forget_peak()
+    with whole.runs():
+        tokens = sum(len(rollout.response) for rollout in engine.run(requests))
+    return {
+        "processor_s": whole.seconds,
+        "forward_s": forward.seconds,
+        "tokens": tokens,
+        "peak_mib": memory_mib("VmHWM") - base,
+    }
+
+
+class Lengths(StoppingCriteria):
+    """Each row ends after its own number of tokens."""
+
+    def __init__(self, ends: list[int]) -> None:
+        self._end_B = torch.tensor(ends)
+
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+        return input_ids.shape[1] >= self._end_B
+
+
+def stock(preset: str, num_rows: int, prompts: Prompts) -> Json:
+    """All prompts by `generate`, so many at a time."""
+    model, clock = make_model(preset, DeepseekV4ForCausalLM), Clock()
+    generate(model, [([3, 4, 5], 3)])
+    base = memory_mib("VmRSS")
+    forget_peak()
+    with clock.runs():
+        for first in range(0, len(prompts), num_rows):
+            generate(model, prompts[first : first + num_rows])
+    return {
+        "processor_s": clock.seconds,
+        "tokens": sum(answer for _, answer in prompts),
+        "peak_mib": memory_mib("VmHWM") - base,
+    }
+
+
+def generate(model: Any, batch: Prompts) -> None:
+    width = max(len(prompt) for prompt, _ in batch)
+    ids = torch.tensor([[2] * (width - len(prompt)) + prompt for prompt, _ in batch])
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p, _ in batch])
+    found = model.generate(
+        ids,
+        attention_mask=mask,
+        max_new_tokens=max(answer for _, answer in batch),
+        do_sample=True,
+        top_k=0,
+        eos_token_id=None,
+        pad_token_id=2,
+        stopping_criteria=StoppingCriteriaList([Lengths([width + n for _, n in batch])]),
+    )
+    wanted = width + max(answer for _, answer in batch)
+    assert found.shape == (len(batch), wanted), f"{tuple(found.shape)}, not {wanted} columns"
+
+
+PEERS = {"posttrain": ours, "stock": stock}
+
+
+def page(data: Json) -> str:
+    """The markdown page: where it was measured, and a table."""
+    lines = [
+        "# The rollout engine beside `generate`",
+        "",
+        f"{place(data)}, fp32, {data['prompts']} prompts. Written by `benchmarks/rollout.py`, which "
+        "says how. The last column: the share of ours spent outside of the model's layers and head, "
+        f"at most {TARGET_OUTSIDE:.0%} wanted; at least {TARGET:g} times stock's best wanted.",
+        "",
+        "| preset | | rows at a time | tokens | processor s | tokens/s | times stock's best "
+        "| peak MiB | outside |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    best = {row["preset"]: row for row in data["rows"] if row["best"]}
+    for row in data["rows"]:
+        ratio = best[row["preset"]]["processor_s"] / row["processor_s"]
+        outside = 1 - row.get("forward_s", 0) / row["processor_s"]
+        cells = [
+            row["preset"],
+            "posttrain's engine" if row["peer"] == "posttrain" else "stock's `generate`",
+            f"{row['width']}",
+            f"{row['tokens']:,}",
+            f"{row['processor_s']:.1f}",
+            f"{row['tokens'] / row['processor_s']:,.0f}",
+            f"{ratio:.2f}",
+            f"{row['peak_mib']:.0f}",
+            f"{outside:.1%}" if "forward_s" in row else "-",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
