@@ -7,7 +7,8 @@ for whole blocks (`room_for`): shown on CPU (tests/backbone/test_chunks.py), whe
 of such shapes round each row alike. Places past a row's end are computed like tokens, which none of
 its tokens sees, and leave nothing in the cache.
 
-Legend: B slots, from the first on, D rows of a chunk, C its columns, T tokens of a step, H hidden size.
+Legend: B slots (the first ones), D rows of a chunk, C its columns, T tokens of a step, H hidden
+size.
 """
 
 from __future__ import annotations

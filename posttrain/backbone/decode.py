@@ -93,13 +93,19 @@ class DecodeContext:
 
     def put(self, ring_BRX: Tensor, x_TX: Tensor) -> None:
         """Let a ring keep what is of these tokens."""
-        ring = ring_BRX.shape[1]
-        place_T = self.once(("place", ring), lambda: self.position_B % ring)
-        x_TX = x_TX.to(ring_BRX.dtype)
-        if self.real_X is None:
-            ring_BRX[self.slot_T, place_T] = x_TX
-        else:
-            ring_BRX[self.slot_T[self.real_X], place_T[self.real_X]] = x_TX[self.real_X]
+        real_X, ring = self.real_X, ring_BRX.shape[1]
+
+        def make() -> tuple[Tensor, Tensor]:
+            slot_T, place_T = self.slot_T, self.position_B % ring
+            return (slot_T, place_T) if real_X is None else (slot_T[real_X], place_T[real_X])
+
+        if real_X is not None and len(real_X) < x_TX.shape[0]:
+            x_TX = x_TX.index_select(0, real_X)
+        ring_BRX[self.once(("place", ring), make)] = x_TX.to(ring_BRX.dtype)
+
+    def num_keys(self, ring: int) -> int:
+        """Places of a window's ring that may hold a token after this step, in whole blocks."""
+        return ring if self.is_static else min(ring, whole(self._reach()))
 
     def num_entries(self, store: CompressedStore) -> int:
         """Entries that may be visible to a row after this step, in whole blocks."""
@@ -107,10 +113,10 @@ class DecodeContext:
         return room if self.is_static else min(room, whole(self._reach() // store.rate))
 
     def window_bias(self, ring: int, window: int, dtype: torch.dtype) -> Tensor:
-        """(B, 1, R): 0 at keys in the token's window, -inf elsewhere."""
+        """(B, 1, R) of `num_keys`: 0 at keys in the token's window, -inf elsewhere."""
 
         def make() -> Tensor:
-            place_R = torch.arange(ring, device=self.position_B.device)
+            place_R = torch.arange(self.num_keys(ring), device=self.position_B.device)
             age_BR = (self.position_B[:, None] - place_R) % ring
             return bias_of((age_BR >= window) | (age_BR > self.position_B[:, None]), dtype)
 
@@ -246,7 +252,9 @@ def decode_attention(attention: Any, x_BH: Tensor, context: DecodeContext) -> Te
     kv_Bd = rotate(normed(attention.kv_norm, projected(attention.kv_proj, x_BH)), rotation)
     kv_Bd = rounded_kv(attention.config, kv_Bd)
     context.put(ring_BRd, kv_Bd)
-    window_bias = context.window_bias(ring_BRd.shape[1], cache.window, q_Bhd.dtype)
+    ring = ring_BRd.shape[1]
+    window_bias = context.window_bias(ring, cache.window, q_Bhd.dtype)
+    window_BRd = ring_BRd[:, : context.num_keys(ring)]
     entry: Entries | None = None
     if attention.compressor is not None:
         entry = _entries(attention, x_BH, latent_BR, context)
@@ -254,7 +262,7 @@ def decode_attention(attention: Any, x_BH: Tensor, context: DecodeContext) -> Te
         attend(
             q_Bhd[part.first : part.end],
             [
-                (part.of(ring_BRd), window_bias[part.first : part.end]),
+                (part.of(window_BRd), window_bias[part.first : part.end]),
                 *([entry.of(part)] if entry is not None else []),
             ],
             attention.sinks,

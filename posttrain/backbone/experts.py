@@ -1,7 +1,6 @@
-"""The mixture of experts: tokens sorted by expert, one GEMM pair for each, and the hash table's
-filling.
+"""The mixture of experts: tokens sorted by expert, one GEMM pair for each.
 
-Legend: T tokens, H hidden size, k experts a token, E experts, V vocabulary.
+Legend: T tokens, H hidden size, k experts a token, E experts.
 """
 
 from __future__ import annotations
@@ -23,10 +22,13 @@ from posttrain.backbone.decode_norm import projected
 from posttrain.backbone.fake_quant import rounds
 from posttrain.backbone.fp4 import fake_fp8_activation, fake_mxfp4
 from posttrain.backbone.function import plain_backward
-from posttrain.backbone.routing import RouteTape, route
+from posttrain.backbone.routing import Routes, RouteTape, route
 
 ROWS = 16
 """From so many rows on, torch's CPU products round each row alike, however many there are."""
+
+LITTLE = 1 << 16
+"""Numbers in an expert's first matrix up to which calls take longer than a block's products."""
 
 grouped_mm: Any = getattr(F, "grouped_mm", None) or vars(torch)["_grouped_mm"]  # before 2.10
 
@@ -112,13 +114,23 @@ class V4SparseMoeBlock(stock.DeepseekV4SparseMoeBlock):
         routes = route(self.gate, x_TH, token_id_T, is_hash=self.is_hash, replay_Tk=replay_Tk)
         if tape:
             tape.record(self.layer_idx, self.gate, routes, is_hash=self.is_hash)
-        out_TH = self.experts(x_TH, routes.expert_Tk, routes.weight_Tk)
+        out_TH = self._routed(x_TH, routes, getattr(context, "real_X", None))
         out_TH = out_TH + self.shared_experts(x_TH)
         scale = getattr(context, "balance_loss_scale", None)
         if scale is None or self.is_hash:
             return out_TH
         top_k = routes.expert_Tk.shape[1]
         return attach_balance(out_TH, routes.score_TE, context.documents, k=top_k, scale=scale)
+
+    def _routed(self, x_TH: Tensor, routes: Routes, real_X: Tensor | None) -> Tensor:
+        """What the routed experts give of `real_X`, the tokens that are not filling; None: all."""
+        args: tuple[Any, ...] = x_TH, routes.expert_Tk, routes.weight_Tk
+        experts: Any = self.experts
+        is_plain = type(experts) is V4Experts and is_by_all(x_TH, experts.gate_up_proj)
+        if real_X is None or len(real_X) == len(x_TH) or is_plain:
+            return experts(*args)
+        out_XH = experts(*(x.index_select(0, real_X) for x in args))
+        return torch.zeros_like(x_TH).index_copy_(0, real_X, out_XH)
 
 
 def run_experts(
@@ -183,6 +195,8 @@ def served(
     """The output of `routed` on CPU, with nothing kept and in fewer calls. What a token gets does
     not depend on how many others go to its experts: each product has at least `ROWS` rows, the
     last of them those of the experts after it, whose own products then write over theirs."""
+    if is_by_all(x_TH, gate_up_EJH):
+        return _served_by_all(x_TH, weight_Tk, gate_up_EJH, down_EHI, expert_Tk, serving)
     expert_R, top_k = expert_Tk.flatten(), expert_Tk.shape[1]
     if not len(expert_R):
         return torch.zeros_like(x_TH)
@@ -199,6 +213,35 @@ def served(
     out_PH = _products(hidden_PI, rounded(down_EHI, x_TH, serving), spans)
     out_RH = torch.empty_like(out_PH[:first]).index_copy_(0, order_R, out_PH[:first])
     return out_RH.view(len(x_TH), top_k, -1).sum(1)
+
+
+def is_by_all(x_TH: Tensor, gate_up_EJH: Tensor) -> bool:
+    """Whether all experts see all tokens, in a few calls: `ROWS` of them, so that each product has
+    as many rows as it would have had."""
+    return len(x_TH) == ROWS and gate_up_EJH[0].numel() <= LITTLE
+
+
+def _served_by_all(
+    x_TH: Tensor,
+    weight_Tk: Tensor,
+    gate_up_EJH: Tensor,
+    down_EHI: Tensor,
+    expert_Tk: Tensor,
+    serving: Serving,
+) -> Tensor:
+    """`served`, of one block of tokens."""
+    num_experts, tokens = len(gate_up_EJH), len(x_TH)
+    gate_up_TX = x_TH @ rounded(gate_up_EJH, x_TH, serving).flatten(0, 1).mT
+    gate_TEI, up_TEI = gate_up_TX.view(tokens, num_experts, -1).chunk(2, dim=-1)
+    hidden_TEI = swiglu(gate_TEI, up_TEI, serving.limit)
+    weight_TE = weight_Tk.new_zeros(tokens, num_experts).scatter_(1, expert_Tk, weight_Tk)
+    hidden_TEI.mul_(weight_TE.unsqueeze(-1))
+    hidden_TEI = fake_fp8_activation(hidden_TEI) if serving.rounds_inputs else hidden_TEI
+    hidden_ETI = hidden_TEI.transpose(0, 1).contiguous()
+    spans = [slice(tokens * e, tokens * (e + 1)) for e in range(num_experts)]
+    out_PH = _products(hidden_ETI.flatten(0, 1), rounded(down_EHI, x_TH, serving), spans)
+    place_Tk = expert_Tk * tokens + torch.arange(tokens, device=x_TH.device).unsqueeze(1)
+    return F.embedding(place_Tk, out_PH).sum(1)
 
 
 def _products(rows_PA: Tensor, weight_EBA: Tensor, spans: Sequence[slice]) -> Tensor:
@@ -355,15 +398,3 @@ def _sum_by_token(rows_RH: Tensor, order_R: Tensor, shape: torch.Size) -> Tensor
     for place_T in place_kT[1:]:
         out_TH.add_(rows_RH.index_select(0, place_T))
     return out_TH
-
-
-def balanced_hash_table(vocab_size: int, top_k: int, num_experts: int) -> Tensor:
-    """A `tid2eid` table (V, k) int64: k different experts a token, each expert's share of every
-    column equal to one token. Drawn from torch's global generator, as weights are: seeded where
-    the model is."""
-    token_V = torch.randperm(vocab_size)
-    table = torch.empty(vocab_size, top_k, dtype=torch.long)
-    for block in token_V.split(num_experts):
-        name_E, shift_k = torch.randperm(num_experts), torch.randperm(num_experts)[:top_k]
-        table[block] = name_E[(torch.arange(len(block))[:, None] + shift_k) % num_experts]
-    return table

@@ -18,7 +18,7 @@ from transformers.conversion_mapping import (
 from transformers.models.deepseek_v4 import modeling_deepseek_v4 as stock
 
 from posttrain.backbone.attention import GroupedLinear
-from posttrain.backbone.experts import balanced_hash_table
+from posttrain.backbone.routing import balanced_hash_table
 
 NARROW = (torch.bfloat16, torch.float16)
 

@@ -7,7 +7,8 @@ The bias chooses and never weighs. Scores are float32 whatever the model's dtype
 change the chosen set of 6-15% of the tokens. RL replays the experts that the sampler chose, hash
 layers included; their weights then come from the current gate, which goes on learning.
 
-Legend: T tokens, H hidden size, E experts, k experts a token, L layers, B batch rows, S columns.
+Legend: T tokens, H hidden size, E experts, k experts a token, L layers, B batch rows, S columns, V
+vocabulary.
 """
 
 from __future__ import annotations
@@ -233,3 +234,15 @@ def freeze_routing(model: nn.Module) -> None:
     before DDP or FSDP wraps the model and before the optimiser is made."""
     for gate in gates(model):
         gate.weight.requires_grad_(False)
+
+
+def balanced_hash_table(vocab_size: int, top_k: int, num_experts: int) -> Tensor:
+    """A `tid2eid` table (V, k) int64: k different experts a token, each expert's share of every
+    column equal to one token. Drawn from torch's global generator, as weights are: seeded where
+    the model is."""
+    token_V = torch.randperm(vocab_size)
+    table = torch.empty(vocab_size, top_k, dtype=torch.long)
+    for block in token_V.split(num_experts):
+        name_E, shift_k = torch.randperm(num_experts), torch.randperm(num_experts)[:top_k]
+        table[block] = name_E[(torch.arange(len(block))[:, None] + shift_k) % num_experts]
+    return table

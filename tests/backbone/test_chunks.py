@@ -98,6 +98,25 @@ def test_a_row_is_the_same_bits_in_any_slot_beside_any_rows(
     assert torch.equal(decoded(model, ids, num_slots, slot, live), alone)
 
 
+def test_a_step_of_the_first_slots_alone_is_theirs_among_all(model: Any, ids: Tensor) -> None:
+    """To the bit, and the other slots keep what they hold."""
+    ids_TB = ids[:80].view(2, 40)[:, :32].repeat_interleave(6, dim=0)
+    is_live_B = (torch.arange(32) < 16).long()
+    few, all_of_them = new_cache(model, 32), new_cache(model, 32)
+    for token_B in ids_TB[:9]:
+        for cache in (few, all_of_them):
+            reach = int(cache.length_B.max()) + 1
+            step(model, cache, token_B=token_B, is_live_B=torch.ones_like(is_live_B), reach=reach)
+    kept = [x[16:].clone() for x in tensors(few)]
+    for token_B in ids_TB[9:]:
+        reach = int(few.length_B.max()) + 1
+        found = step(model, few, token_B=token_B[:16], is_live_B=is_live_B[:16], reach=reach)
+        wanted = step(model, all_of_them, token_B=token_B, is_live_B=is_live_B, reach=reach)
+        assert torch.equal(found, wanted[:16])
+    assert few.length_B.tolist() == [12] * 16 + [9] * 16
+    assert all(torch.equal(x[16:], y) for x, y in zip(tensors(few), kept, strict=True))
+
+
 @pytest.mark.parametrize("shape", [(1, 16), (2, 32), (8, 8), (16, 3)])
 @pytest.mark.parametrize("num_slots", [16, 48])
 def test_a_row_is_the_same_bits_in_chunks_of_any_shape(

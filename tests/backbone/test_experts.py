@@ -179,7 +179,7 @@ def test_gradients_pass_at_the_limit_and_stop_beyond(dtype: torch.dtype) -> None
         )
 
 
-@pytest.mark.parametrize("shape", [*SHAPES, (40, 8, 6, 12, 2)])
+@pytest.mark.parametrize("shape", [*SHAPES, (40, 8, 6, 12, 2), (ROWS, 8, 6, 5, 2)])
 @torch.no_grad()
 def test_without_gradients_experts_give_the_same(shape: tuple[int, ...]) -> None:
     p = draw(shape)
@@ -203,12 +203,27 @@ def test_a_token_has_the_same_bits_wherever_others_go(dtype: torch.dtype) -> Non
         assert torch.equal(served(*args, expert, Serving(LIMIT))[:1], wanted)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("serving", [Serving(LIMIT), Serving(LIMIT, True, True)])
 @torch.no_grad()
-def test_a_token_that_is_no_number_spoils_no_other() -> None:
-    p = draw((20, 6, 5, 3, 2))
+def test_a_block_of_tokens_has_the_same_bits_alone_and_among_others(
+    serving: Serving, dtype: torch.dtype
+) -> None:
+    p = draw((64, 96, 64, 8, 2), dtype=dtype)
+    x = fake_fp8_activation(p.x) if serving.rounds_inputs else p.x
+    wanted = served(x, p.weight, p.gate_up_proj, p.down_proj, p.expert, serving)
+    for rows in torch.randperm(64, generator=torch.Generator().manual_seed(1)).split(ROWS):
+        args = x[rows], p.weight[rows], p.gate_up_proj, p.down_proj, p.expert[rows], serving
+        assert torch.equal(served(*args), wanted[rows])
+
+
+@pytest.mark.parametrize("num_tokens", [20, ROWS])
+@torch.no_grad()
+def test_a_token_that_is_no_number_spoils_no_other(num_tokens: int) -> None:
+    p = draw((num_tokens, 6, 5, 3, 2))
     args = p.weight, p.gate_up_proj, p.down_proj, p.expert, Serving(LIMIT)
     wanted = served(p.x, *args)
     x = p.x.clone()
     x[3] = float("nan")
-    is_well = torch.arange(20) != 3
+    is_well = torch.arange(num_tokens) != 3
     assert torch.equal(served(x, *args)[is_well], wanted[is_well])

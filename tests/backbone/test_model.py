@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.deepseek_v4 import DeepseekV4ForCausalLM
 
 from posttrain.backbone import V4ForCausalLM, preset_config
-from posttrain.backbone.experts import balanced_hash_table
+from posttrain.backbone.routing import balanced_hash_table
 
 
 def loaded(auto: Any, folder: Path) -> tuple[Any, dict[str, Any]]:

@@ -10,10 +10,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers.models.deepseek_v4 import modeling_deepseek_v4 as stock
 
 from posttrain.backbone import V4ForCausalLM, preset_config
-from posttrain.backbone.experts import balanced_hash_table
 from posttrain.backbone.routing import (
     ExpertChoices,
     RouteTape,
+    balanced_hash_table,
     freeze_routing,
     gates,
     margin,

@@ -99,6 +99,25 @@ def test_a_long_prompt_stalls_nobody(model: Any) -> None:
     assert seen[:5] == [(1, 1)] * 5
 
 
+def test_a_step_is_no_wider_than_its_rows_when_no_more_are_waiting(model: Any) -> None:
+    """One long row among those that were in the highest of 64 slots: soon alone in a block."""
+    asked = make_requests(40, longest=30, seed=5, max_new_tokens=4)
+    asked[-1] = replace(asked[-1], max_new_tokens=30, stop_token_ids=())
+    seen: list[tuple[int, int]] = []
+
+    class Watching(V4Slots):
+        def step(self, live: Any, reading: Any, **options: Any) -> Any:
+            seen.append((len(live), max(live, default=-1)))
+            return super().step(live, reading, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("posttrain.rollout.engine.V4Slots", Watching)
+        found = run(model, asked, 64)
+    assert max(highest for _, highest in seen) == 39
+    assert [highest < 16 for count, highest in seen[4:] if count == 1] == [True] * 26
+    assert found == run(model, asked, 7)
+
+
 def test_rows_of_one_slot_follow_each_other_without_a_trace(model: Any) -> None:
     asked = make_requests(6, longest=50, seed=9, max_new_tokens=10)
     assert run(model, asked, 1) == run(model, asked[::-1], 1)
