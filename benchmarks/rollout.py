@@ -2,20 +2,21 @@
 
 256 prompts of 8 to 128 tokens, answers of geometric length with mean 48, the same on both sides,
 sampled at T = 1 from the same weights; fp32, one thread, every measurement a process of its own.
-`generate` runs the stock DeepSeek-V4 class in batches of several sizes, left padded, in the order of
-the prompts, each until the longest answer of its batch is done; its best size is what ours is
+`generate` runs the stock DeepSeek-V4 class in batches of several sizes, left padded, in the order
+of the prompts, each until the longest answer of its batch is done; its best size is what ours is
 measured against. (Stock is wrong on padded rows of V4, which costs it no time.) Times are of the
 processor; memory is the peak above what the process held once the model was built.
 """
 
 import argparse
+import copy
 import json
 import os
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,9 +32,11 @@ from posttrain.rollout.engine import Engine
 
 VOCAB = 512
 SHORTEST, LONGEST, MEAN_ANSWER = 8, 128, 48
-PRESETS = ("tiny", "small")
-SLOTS = (64, 128)
-BATCHES = (32, 64, 128, 256)
+WIDTHS: dict[str, dict[str, tuple[int, ...]]] = {
+    "tiny": {"posttrain": (64, 128, 256), "stock": (64, 128, 256)},
+    "small": {"posttrain": (64, 128, 256), "stock": (32, 64, 128)},
+}
+"""Rows at a time of each."""
 TARGET, TARGET_OUTSIDE = 5.0, 0.15
 
 Prompts = list[tuple[list[int], int]]
@@ -44,42 +47,50 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--page", type=Path, default=Path("docs/rollout-speed.md"))
     parser.add_argument("--prompts", type=int, default=256)
-    parser.add_argument("--presets", nargs="*", default=PRESETS)
-    parser.add_argument("--slots", type=int, nargs="*", default=SLOTS)
-    parser.add_argument("--batches", type=int, nargs="*", default=BATCHES)
-    parser.add_argument("--repeats", type=int, default=3, help="of ours and of stock's best")
+    parser.add_argument("--presets", nargs="*", default=list(WIDTHS), help="of the others, older")
+    parser.add_argument("--repeats", type=int, default=3, help="interleaved; medians are shown")
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.worker:
-        peer, preset, rows = arguments.worker
-        found = PEERS[peer](preset, int(rows), make_prompts(arguments.prompts))
+        peer, preset, width = arguments.worker
+        found = PEERS[peer](preset, int(width), make_prompts(arguments.prompts))
         sys.stdout.write(json.dumps(found) + "\n")
         return
     data: Json = {**machine(), "prompts": arguments.prompts, "rows": []}
+    numbers = arguments.page.with_suffix(".json")
+    if numbers.exists():
+        older = json.loads(numbers.read_text("utf-8"))["rows"]
+        data["rows"] = [row for row in older if row["preset"] not in arguments.presets]
     for preset in arguments.presets:
-        ways = [("posttrain", n) for n in arguments.slots]
-        ways += [("stock", n) for n in arguments.batches]
-        found = {way: [run_worker(*way, preset, arguments.prompts)] for way in ways}
-        best = min(ways[len(arguments.slots) :], key=lambda way: found[way][0]["processor_s"])
-        for _ in range(arguments.repeats - 1):
-            for way in (*ways[: len(arguments.slots)], best):
-                found[way].append(run_worker(*way, preset, arguments.prompts))
-        data["rows"] += [
-            {"preset": preset, "peer": way[0], "width": way[1], "best": way == best, **middle(runs)}
-            for way, runs in found.items()
-        ]
+        data["rows"] += measure(preset, arguments.prompts, arguments.repeats)
         write(arguments.page, data, page)
 
 
-def middle(runs: list[Json]) -> Json:
-    """The median of each number."""
+def measure(preset: str, num_prompts: int, repeats: int) -> list[Json]:
+    """A preset's rows of the table: one after the other, and so again."""
+    ways = [(peer, width) for peer, widths in WIDTHS[preset].items() for width in widths]
+    runs: dict[tuple[str, int], list[Json]] = {way: [] for way in ways}
+    for _ in range(repeats):
+        for peer, width in ways:
+            runs[peer, width].append(run_worker(peer, width, preset, num_prompts))
+    rows = [
+        {"preset": preset, "peer": peer, "width": width, "date": machine()["date"], **median(found)}
+        for (peer, width), found in runs.items()
+    ]
+    best = min(row["processor_s"] for row in rows if row["peer"] == "stock")
+    return [{**row, "times_stock": best / row["processor_s"]} for row in rows]
+
+
+def median(runs: list[Json]) -> Json:
+    """Of each number."""
     return {name: statistics.median(run[name] for run in runs) for name in runs[0]} | {
         "repeats": len(runs)
     }
 
 
 def run_worker(peer: str, width: int, preset: str, num_prompts: int) -> Json:
+    load = round(os.getloadavg()[0], 1)
     sys.stderr.write(f"{preset}: {peer}, {width} rows ...")
     sys.stderr.flush()
     command = [sys.executable, __file__, "--prompts", str(num_prompts)]
@@ -92,7 +103,7 @@ def run_worker(peer: str, width: int, preset: str, num_prompts: int) -> Json:
     )
     found: Json = json.loads(done.stdout.splitlines()[-1])
     sys.stderr.write(f" {found['processor_s']:.1f} s\n")
-    return found
+    return {"load": load, **found}
 
 
 def make_prompts(count: int) -> Prompts:
@@ -109,26 +120,24 @@ def make_prompts(count: int) -> Prompts:
 def make_model(preset: str, model_class: Any) -> Any:
     make_config: Any = preset_config
     config = make_config(preset, vocab_size=VOCAB, bos_token_id=0, eos_token_id=1, pad_token_id=2)
+    theirs = copy.deepcopy(config)  # a model writes into its config, how experts run among it
     torch.manual_seed(0)
     model: Any = V4ForCausalLM(config)
-    if model_class is V4ForCausalLM:
-        return model.eval()
-    weights = model.state_dict()
-    stock = model_class(
-        make_config(preset, vocab_size=VOCAB, bos_token_id=0, eos_token_id=1, pad_token_id=2)
-    )
-    stock.load_state_dict(weights)
-    return stock.eval()
+    if model_class is not V4ForCausalLM:
+        weights = model.state_dict()
+        model = model_class(theirs)
+        model.load_state_dict(weights)
+    return model.eval()
 
 
 class Clock:
-    """Processor time that went by inside of `runs`, and how often that was."""
+    """Processor time that went by inside of `runs`."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
 
     @contextmanager
-    def runs(self) -> Any:
+    def runs(self) -> Iterator[None]:
         before = time.process_time()
         yield
         self.seconds += time.process_time() - before
@@ -215,31 +224,34 @@ def page(data: Json) -> str:
     lines = [
         "# The rollout engine beside `generate`",
         "",
-        f"{place(data)}, fp32, {data['prompts']} prompts. Written by `benchmarks/rollout.py`, which "
-        "says how. The last column: the share of ours spent outside of the model's layers and head, "
-        f"at most {TARGET_OUTSIDE:.0%} wanted; at least {TARGET:g} times stock's best wanted.",
+        f"{place(data)}, fp32, {data['prompts']} prompts. Written by `benchmarks/rollout.py`, "
+        "which says how; medians; the load is the machine's when a run began. Wanted: at least "
+        f"{TARGET:g} times stock's best, and at most {TARGET_OUTSIDE:.0%} of ours outside of the "
+        "model's layers and head.",
         "",
-        "| preset | | rows at a time | tokens | processor s | tokens/s | times stock's best "
-        "| peak MiB | outside |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| preset | | rows at a time | day | load | repeats | processor s | tokens/s "
+        "| times stock's best | peak MiB | outside |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    best = {row["preset"]: row for row in data["rows"] if row["best"]}
-    for row in data["rows"]:
-        ratio = best[row["preset"]]["processor_s"] / row["processor_s"]
-        outside = 1 - row.get("forward_s", 0) / row["processor_s"]
-        cells = [
-            row["preset"],
-            "posttrain's engine" if row["peer"] == "posttrain" else "stock's `generate`",
-            f"{row['width']}",
-            f"{row['tokens']:,}",
-            f"{row['processor_s']:.1f}",
-            f"{row['tokens'] / row['processor_s']:,.0f}",
-            f"{ratio:.2f}",
-            f"{row['peak_mib']:.0f}",
-            f"{outside:.1%}" if "forward_s" in row else "-",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *(table_row(row) for row in data["rows"])]) + "\n"
+
+
+def table_row(row: Json) -> str:
+    is_ours, seconds = row["peer"] == "posttrain", row["processor_s"]
+    cells = [
+        row["preset"],
+        "posttrain's engine" if is_ours else "stock's `generate`",
+        f"{row['width']}",
+        row["date"],
+        f"{row['load']:g}",
+        f"{row['repeats']}",
+        f"{seconds:.1f}",
+        f"{row['tokens'] / seconds:,.0f}",
+        f"{row['times_stock']:.2f}",
+        f"{row['peak_mib']:.0f}",
+        f"{1 - row['forward_s'] / seconds:.1%}" if is_ours else "-",
+    ]
+    return f"| {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":

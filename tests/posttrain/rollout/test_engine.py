@@ -12,10 +12,15 @@ from posttrain.rollout.engine import Engine
 VOCAB = 40
 
 
-def make_model() -> V4ForCausalLM:
+def make_model(*, window: int = 6) -> V4ForCausalLM:
     config = preset_config("tiny", vocab_size=VOCAB, bos_token_id=0, eos_token_id=1, pad_token_id=2)
     config.update(
-        {"hidden_size": 32, "moe_intermediate_size": 16, "sliding_window": 6, "index_topk": 3}
+        {
+            "hidden_size": 32,
+            "moe_intermediate_size": 16,
+            "sliding_window": window,
+            "index_topk": 3,
+        }
     )
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -43,15 +48,28 @@ def run(model: V4ForCausalLM, asked: list[Request], num_slots: int = 4) -> dict[
     return {r.prompt_id: r for r in Engine(model, num_slots=num_slots, seed=0).run(asked)}
 
 
-def test_greedy_equals_the_argmax_of_full_forwards_on_every_token() -> None:
-    model, asked = make_model(), requests(13, temperature=0.0)
-    rollouts = run(model, asked)
-    assert len(rollouts) == 13
-    for rollout in rollouts.values():
+@pytest.mark.parametrize("window", [4, 128])
+def test_greedy_equals_the_argmax_of_full_forwards_on_every_token(window: int) -> None:
+    """Prompts within the window and past it, of a part of a chunk and of several; samples of each
+    share its reading, some in slots at once and some after it."""
+    model, generator = make_model(window=window), torch.Generator().manual_seed(2)
+    prompts = {
+        f"{length} tokens": torch.randint(3, VOCAB, (length,), generator=generator).tolist()
+        for length in (1, 4, 5, 33, 127, 150)
+    }
+    asked = [
+        Request(name, prompt, sample=n, max_new_tokens=20 - 3 * n, temperature=0.0)
+        for name, prompt in prompts.items()
+        for n in range(3)
+    ]
+    rollouts = list(Engine(model, num_slots=5, seed=0).run(asked))
+    assert len(rollouts) == len(asked)
+    for name, prompt in prompts.items():
+        samples = sorted((r for r in rollouts if r.prompt_id == name), key=lambda r: r.sample)
         with torch.no_grad():
-            logits = model(torch.tensor([rollout.prompt + rollout.response])).logits[0]
-        start = len(rollout.prompt) - 1
-        assert logits[start:-1].argmax(-1).tolist() == rollout.response
+            logits = model(torch.tensor([prompt + samples[0].response])).logits[0]
+        wanted = logits[len(prompt) - 1 : -1].argmax(-1).tolist()
+        assert [r.response for r in samples] == [wanted, wanted[:17], wanted[:14]]
 
 
 def test_logprobs_are_those_of_the_full_forward() -> None:
