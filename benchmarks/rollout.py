@@ -33,8 +33,8 @@ from posttrain.rollout.engine import Engine
 VOCAB = 512
 SHORTEST, LONGEST, MEAN_ANSWER = 8, 128, 48
 WIDTHS: dict[str, dict[str, tuple[int, ...]]] = {
-    "tiny": {"posttrain": (64, 128, 256), "stock": (64, 128, 256)},
-    "small": {"posttrain": (64, 128, 256), "stock": (32, 64, 128)},
+    "tiny": {"posttrain": (64, 256), "stock": (64, 128, 256)},
+    "small": {"posttrain": (64, 256), "stock": (32, 64)},
 }
 """Rows at a time of each."""
 TARGET, TARGET_OUTSIDE = 5.0, 0.15
