@@ -126,7 +126,7 @@ class V4SparseMoeBlock(stock.DeepseekV4SparseMoeBlock):
         """What the routed experts give of `real_X`, the tokens that are not filling; None: all."""
         args: tuple[Any, ...] = x_TH, routes.expert_Tk, routes.weight_Tk
         experts: Any = self.experts
-        is_plain = type(experts) is V4Experts and is_by_all(x_TH, experts.gate_up_proj)
+        is_plain = type(self.experts) is V4Experts and is_by_all(x_TH, experts.gate_up_proj)
         if real_X is None or len(real_X) == len(x_TH) or is_plain:
             return experts(*args)
         out_XH = experts(*(x.index_select(0, real_X) for x in args))
