@@ -2,6 +2,7 @@
 
 import copy
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from distill.learner import Learner
 from distill.mesh import Mesh, Strategy, meet
 from posttrain.optim import build_optimizer
 
-ROWS = mixed("several teachers")
+# the first and the last are answers of teachers
+ROWS = [replace(row, by_teacher=i in (0, 4)) for i, row in enumerate(mixed("several teachers"))]
 # four rows for the first of two ranks, in two micro-batches, and one row for the other
 CUTS = {1: [ROWS], 2: [ROWS[:4], ROWS[4:]]}
 # all rows for one rank, none for the other
