@@ -64,12 +64,12 @@ def work(stage: OpdStage, job: Job) -> None:
         make_pipeline(stage, job, model, tasks, teachers, rosters, kept, history) as pipeline,
     ):
         score = scorer(model, tasks, config, job.seed)
-        tell, flat = tellers(config, list(tasks))
+        tell = partial(describe, until=until_of(config), loop_window=config.endings.loop_window)
+        flat = partial(describe_flatness, domains=list(tasks), **config.early_stop.model_dump())
         tokens_seen = history[-1]["tokens_seen"] if first else 0
         if not first and (scores := score(0)):
             job.metrics.log(0, config.num_steps, tokens_seen=0, **scores)
-        if not is_stopped(history):
-            pipeline.publish(first)
+        pipeline.publish(first)
         for step in range(first, config.num_steps):
             if is_stopped(history):
                 break
@@ -82,9 +82,7 @@ def work(stage: OpdStage, job: Job) -> None:
             checkpoint.heed_guard()
             tokens_seen += sum(len(row.example.positions) for row in rows)
             numbers = {name: float(value) for name, value in learned.items()}
-            numbers |= tell(
-                batch.rollouts, version=step, num_skipped=len(batch.rollouts) - len(rows)
-            )
+            numbers |= tell(batch.rollouts, version=step, num_rows=len(rows))
             numbers |= {"tokens_seen": tokens_seen, "roster": version}
             history.append(numbers)
             numbers |= flat(history)
@@ -168,17 +166,6 @@ def make_pipeline(
 def until_of(config: DistillConfig) -> Until:
     """Which tokens of a rollout are learned from."""
     return partial(learned_until, **config.endings.model_dump())
-
-
-def tellers(
-    config: DistillConfig, domains: Sequence[str]
-) -> tuple[Callable[..., dict[str, float]], Callable[..., dict[str, float]]]:
-    """`describe` and `describe_flatness` as the config has them."""
-    window = config.endings.loop_window
-    return (
-        partial(describe, until=until_of(config), loop_window=window),
-        partial(describe_flatness, domains=domains, **config.early_stop.model_dump()),
-    )
 
 
 @contextmanager

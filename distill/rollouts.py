@@ -98,14 +98,14 @@ def token_versions(rollout: Rollout) -> list[int]:
 
 
 def describe(
-    rollouts: Sequence[Rollout], *, version: int, num_skipped: int, until: Until, loop_window: int
+    rollouts: Sequence[Rollout], *, version: int, num_rows: int, until: Until, loop_window: int
 ) -> dict[str, float]:
     """Of the student's own rollouts, but for `off_policy_prompts/<domain>`, which counts the
     teachers'. `prompts/<domain>`: rollouts; `length/<domain>`: their mean own tokens;
     `staleness`: versions from those that sampled to the learner's `version`, a rollout's mean,
-    `staleness_max` a token's largest; `skipped`: all rollouts of which nothing is learned; and how
-    they end (endings.py)."""
-    numbers: dict[str, float] = {"skipped": num_skipped}
+    `staleness_max` a token's largest; `skipped`: all rollouts but the `num_rows` that are learned
+    from; and how they end (endings.py)."""
+    numbers: dict[str, float] = {"skipped": len(rollouts) - num_rows}
     taught = Counter(rollout.domain for rollout in rollouts if rollout.sampled_by)
     numbers |= {f"off_policy_prompts/{domain}": count for domain, count in taught.items()}
     rollouts = [rollout for rollout in rollouts if not rollout.sampled_by]
