@@ -121,3 +121,16 @@ def test_a_mixtures_prompts_are_answered_by_each_of_its_teachers(
     by = {r.sampled_by for r in kept(job, range(1)) if r.domain == "mathematics"}
     assert by == {"", *both}
     assert {r.sampled_by for r in kept(job, range(1)) if r.domain == "code"} == {"", "base"}
+
+
+def test_teachers_answers_alone_bring_the_student_closer_on_its_own(
+    make_job: Callable[[str], Job], make_stage: Stage
+) -> None:
+    plain, warm = make_job("plain"), make_job("warm")
+    optimizer = {"name": "adamw", "learning_rate": 1e-2}
+    size: dict[str, Any] = {"prompts_per_step": 16, "num_slots": 16, "optimizer": optimizer}
+    work(make_stage(num_steps=1, **size), plain)
+    work(make_stage(num_steps=11, teacher_samples={"warmup_steps": 10}, **size), warm)
+    before, after = plain.metrics.records()[0], warm.metrics.records()[-1]
+    for domain in ("mathematics", "code"):
+        assert after[f"kl/{domain}"] < 0.6 * before[f"kl/{domain}"]
