@@ -7,7 +7,7 @@ from typing import Any
 
 from distill.teacher_adapters import Adapters
 from distill.teacher_files import Place
-from distill.teacher_models import Loader, Weights
+from distill.teacher_models import MAKING, Loader, Weights
 
 
 class Residents:
@@ -32,7 +32,8 @@ class Residents:
             model = Adapters(self._loader.assemble(weights))
             self._kept[place.base] = model, weights.num_bytes
         self._kept.move_to_end(place.base)
-        return self._kept[place.base][0].use(place.adapter)
+        with MAKING:
+            return self._kept[place.base][0].use(place.adapter)
 
     def expect(self, place: Place) -> None:
         """Read this one now, on the side, unless it is there: it will be asked for next."""

@@ -15,6 +15,7 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from threading import RLock
 from typing import Any
 
 import torch
@@ -31,6 +32,10 @@ from posttrain.checkpoints import load_model
 from posttrain.errors import CheckpointError
 
 log = logging.getLogger(__name__)
+
+MAKING = RLock()
+"""Held by who makes a skeleton, since accelerate meanwhile puts what any thread's module gets as a
+parameter on the meta device, and by who gives a module parameters."""
 
 VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
 """What a config says that makes no other model."""
@@ -87,9 +92,10 @@ class Loader:
         """The causal language model, its head left empty."""
         model = copy.deepcopy(weights.skeleton)
         tensors = dict(weights.tensors)
-        if self.mesh:
-            tensors = shard(model, self.mesh, tensors)
-        model.load_state_dict(tensors, strict=False, assign=True)
+        with MAKING:
+            if self.mesh:
+                tensors = shard(model, self.mesh, tensors)
+            model.load_state_dict(tensors, strict=False, assign=True)
         for module in model.base_model.modules():  # non-persistent buffers: real, on the CPU
             for name, buffer in module._buffers.items():
                 if buffer is not None and buffer.device != self.device:
@@ -133,7 +139,7 @@ class Loader:
         if key not in self._skeletons:
             auto: Any = AutoModelForCausalLM
             # initial values are drawn for buffers, which real ones replace
-            with torch.random.fork_rng(), init_empty_weights(include_buffers=False):
+            with MAKING, torch.random.fork_rng(), init_empty_weights(include_buffers=False):
                 skeleton = auto.from_config(config, dtype=self.dtype)
             self._skeletons[key] = skeleton.eval().requires_grad_(False)
         return self._skeletons[key]

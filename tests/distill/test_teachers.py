@@ -1,6 +1,7 @@
 """The pool answers with what each teacher computes for a row alone, however it is asked."""
 
 import gc
+import threading
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -45,6 +46,26 @@ def llama_model(**config: Any) -> LlamaForCausalLM:
     with torch.random.fork_rng():
         torch.manual_seed(3)
         return LlamaForCausalLM(LlamaConfig(**sizes)).eval()
+
+
+def test_a_teacher_is_whole_though_another_thread_makes_skeletons(folders: dict[str, Path]) -> None:
+    is_over = threading.Event()
+
+    def make_skeletons() -> None:
+        while not is_over.is_set():
+            Loader(dtype=torch.float32, device="cpu").skeleton(folders["specialist/code"])
+
+    thread = threading.Thread(target=make_skeletons)
+    thread.start()
+    try:
+        loader = Loader(dtype=torch.float32, device="cpu")
+        weights = loader.read(folders["specialist/llama"])
+        for _ in range(20):
+            model = loader.assemble(weights).base_model
+            assert not any(parameter.is_meta for parameter in model.parameters())
+    finally:
+        is_over.set()
+        thread.join()
 
 
 def examples(count: int = 10, seed: int = 0) -> list[Example]:
