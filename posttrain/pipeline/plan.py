@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from posttrain.errors import InsufficientResources
 from posttrain.pipeline.cluster import num_usable_cpus
 from posttrain.pipeline.costs import cost_of, estimated_seconds
 from posttrain.pipeline.display import clock
@@ -95,11 +96,27 @@ def plan(recipe: Recipe, folder: Path, directory: Path | None = None) -> Plan:
 
 def wanted_workers(config: ClusterConfig, stages: list[Stage], todo: set[str]) -> int:
     """Workers to ask for: what the recipe says or this machine's cores allow, if there is so much
-    to do at once. A cluster elsewhere may have room for fewer."""
-    limit = config.num_workers or (
-        len(todo) if config.address else max(1, num_usable_cpus() // config.num_threads)
-    )
-    return max(1, min(limit, widest(stages, todo)))
+    to do at once. A cluster elsewhere may have room for fewer.
+
+    Raises InsufficientResources where a stage cannot run on so many.
+    """
+    num_workers = max(1, widest(stages, todo))
+    if config.num_workers or not config.address:
+        limit = config.num_workers or num_usable_cpus() // config.num_threads
+        num_workers = max(1, min(limit, num_workers))
+    check_workers(stages, todo, num_workers)
+    return num_workers
+
+
+def check_workers(stages: list[Stage], todo: set[str], num_workers: int) -> None:
+    """Raise InsufficientResources where a stage that is to be done needs more workers."""
+    for stage in stages:
+        if stage.name in todo and stage.num_required > num_workers:
+            raise InsufficientResources(
+                f"stage {stage.name} needs {stage.num_required} workers for {stage.required_by}, "
+                f"and the run has {num_workers}: raise cluster.num_workers to "
+                f"{stage.num_required}, or change that"
+            )
 
 
 def wall_seconds(

@@ -25,7 +25,7 @@ from posttrain.pipeline.cluster import Cluster
 from posttrain.pipeline.costs import BYTES_PER_PARAMETER, estimated_seconds, num_parameters
 from posttrain.pipeline.display import Display, clock
 from posttrain.pipeline.ledger import Done, Ledger, run_directory
-from posttrain.pipeline.plan import wanted_workers
+from posttrain.pipeline.plan import check_workers, wanted_workers
 from posttrain.pipeline.recipe import ClusterConfig, Recipe, TrackingConfig
 from posttrain.pipeline.resources import GB, check_resources
 from posttrain.pipeline.schedule import Schedule, workers_needed
@@ -148,6 +148,7 @@ def _run_todo(work: Work, ledger: Ledger, console: Console, todo: set[str]) -> l
     cluster = Cluster(work.cluster, num_workers, warm)
     # twice: Ray's start puts a handler of its own in place of the first
     with interruptible(), cluster, interruptible(), display:
+        check_workers(work.stages, todo, len(cluster.workers))  # a cluster elsewhere may be small
         try:
             return _Driver(work, ledger, cluster, display, tracker, todo).drive()
         finally:

@@ -60,6 +60,9 @@ class Stage:
     num_threads: int = 1
     num_helpers: int = 0
     """Further workers that its roles live in, where there are so many."""
+    num_required: int = 1
+    """Workers, its own included, without which it cannot run, because of `required_by`."""
+    required_by: str = ""
 
     is_alone: bool = False
     """Nothing else runs beside it."""
@@ -139,6 +142,7 @@ class _Builder:
         *,
         domains: list[DomainSpec] | None = None,
         num_helpers: int = 0,
+        required: tuple[int, str] = (1, ""),
         is_alone: bool = False,
         fingerprints: Mapping[str, str] | None = None,
     ) -> str:
@@ -153,6 +157,8 @@ class _Builder:
                 inputs=inputs,
                 num_threads=threads * ALONE_THREADS if is_alone else threads,
                 num_helpers=num_helpers,
+                num_required=required[0],
+                required_by=required[1],
                 is_alone=is_alone,
                 modules=tuple(sorted({m for spec in specs for m in named_modules(spec)})),
                 fingerprints={**marks, **(fingerprints or {})},
@@ -249,6 +255,7 @@ class _Builder:
             + distill.num_rollout_workers
             + distill.learners.num_ranks
             - 1,
+            required=required_workers(distill),
         )
 
     def _add_mixed(self) -> None:
@@ -315,6 +322,14 @@ class _Builder:
         if name not in self._fingerprints:
             self._fingerprints[name] = fingerprint(data, self.folder)
         return self._fingerprints[name]
+
+
+def required_workers(distill: DistillConfig) -> tuple[int, str]:
+    """Processes that a distillation cannot do without, and what asks for them."""
+    num_ranks = distill.learners.num_ranks
+    if num_ranks == 1 and distill.max_staleness and distill.teacher_dtype != "float32":
+        return 2, f"distill.max_staleness with distill.teacher_dtype {distill.teacher_dtype}"
+    return num_ranks, "distill.learners.num_ranks"
 
 
 def recipe_yaml(recipe: Recipe) -> str:

@@ -82,6 +82,14 @@ def test_ranks_go_on_from_a_saved_state_to_the_same_bits(
         assert torch.equal(training["resumed"][name], weight), name
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="looks at Linux's loopback")
+def test_ranks_of_one_machine_listen_on_loopback_alone(
+    found: Callable[[int, str], dict[str, Any]],
+) -> None:
+    assert found(2, "ddp")["listens at"] == {"127.0.0.1"}
+
+
 def test_every_row_is_dealt_to_one_rank() -> None:
     examples = [
         Example("d", {f"t{i % 2}": 1.0}, [i] * (i + 1), [i], [i], [0.0]) for i in reversed(range(7))

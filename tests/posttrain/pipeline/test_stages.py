@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from posttrain.errors import InsufficientResources
 from posttrain.pipeline import source
-from posttrain.pipeline.plan import plan
-from posttrain.pipeline.recipe import Recipe
+from posttrain.pipeline.plan import plan, wanted_workers
+from posttrain.pipeline.recipe import ClusterConfig, Recipe
 from posttrain.pipeline.stages import Stage, build, stage_keys
 from posttrain.report_config import ReportStage
 from specialists.config import GrpoStage, SftStage
@@ -334,3 +335,27 @@ def test_each_role_of_a_distillation_may_have_a_process(folder: Path) -> None:
     distill = {"num_teacher_workers": 2, "num_rollout_workers": 3, "learners": {"num_ranks": 4}}
     stages = stages_of({**CONTENT, "distill": distill}, folder)
     assert stages["opd"].num_helpers == 2 + 3 + (4 - 1)  # the first rank is in the stage's own
+
+
+@pytest.mark.parametrize(
+    ("distill", "needed", "words"),
+    [
+        ({"learners": {"num_ranks": 3}}, 3, r"distill\.learners\.num_ranks"),
+        ({"max_staleness": 1, "teacher_dtype": "bfloat16"}, 2, "teacher_dtype bfloat16"),
+    ],
+)
+def test_too_few_workers_for_a_stage_to_come_are_told_before_any_runs(
+    folder: Path, distill: dict[str, Any], needed: int, words: str
+) -> None:
+    def content(num_workers: int) -> dict[str, Any]:
+        return {**CONTENT, "distill": distill, "cluster": {"num_workers": num_workers}}
+
+    few, enough = (Recipe.model_validate(content(n)) for n in (needed - 1, needed))
+    told = f"opd needs {needed} workers for .*{words}.* the run has {needed - 1}: raise cluster"
+    with pytest.raises(InsufficientResources, match=told):
+        plan(few, folder, folder / "run")
+    assert plan(enough, folder, folder / "run").num_workers == needed
+    stages = build(few, folder)  # what is done needs nobody
+    assert wanted_workers(few.cluster, stages, {"evaluate/opd"}) == 1
+    elsewhere = ClusterConfig.model_validate({"address": "10.0.0.1:6379"})
+    assert wanted_workers(elsewhere, stages, {"opd"}) >= needed
