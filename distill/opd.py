@@ -6,10 +6,12 @@ learns from the whole distribution at every token.
                      └──────────────── the student's new weights <──────────┘
 """
 
+import shutil
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -45,19 +47,20 @@ def work(stage: OpdStage, job: Job) -> None:
     CheckpointError where a teacher does not fit or is not the one that the run began with.
     """
     if (job.out / "checkpoint").exists():  # killed after its last save
+        clean(job.out)
         return
     torch.set_num_threads(job.num_threads)
     config = stage.distill
     start = job.inputs[config.start] / "checkpoint"
     model, tokenizer = load_model(start), load_tokenizer(start)
+    kept = KeptRollouts(job.out / "rollouts")
     teachers = open_pool(stage, model, tokenizer, job)
-    rosters = Rosters(stage, job.out, hire=teachers.hire)
+    rosters = Rosters(stage, job.out, hire=teachers.hire, begun=kept.newest())
     learner = hire_learners(stage, job, start, model, teachers)
     checkpoint = StepCheckpoint(job.out / "step.pt", learner)
     first = checkpoint.begin()
     job.metrics.rewind(first or -1)
     rosters.at(first)  # teachers that cannot teach are told before any work
-    kept = KeptRollouts(job.out / "rollouts")
     history = [record for record in job.metrics.records() if record["step"] > 0]
     with (
         open_tasks(stage, tokenizer, job) as tasks,
@@ -98,9 +101,14 @@ def work(stage: OpdStage, job: Job) -> None:
     teachers.close()
     learner.close()
     save_checkpoint(model, tokenizer, job.out / "checkpoint")
-    checkpoint.delete()
-    kept.close()
-    (job.out / HASHES).unlink(missing_ok=True)
+    clean(job.out)
+
+
+def clean(out: Path) -> None:
+    """The run is over: what it would have gone on from is not needed any more."""
+    shutil.rmtree(out / "rollouts", ignore_errors=True)
+    for name in ("step.pt", HASHES):
+        (out / name).unlink(missing_ok=True)
 
 
 def make_pipeline(
@@ -153,7 +161,8 @@ def make_pipeline(
         sample = sampler.at(version)
 
         def make() -> tuple[Batch, OpdStage, int]:
-            batch = read(chain(taught, sample(requests)), [*taught, *requests])
+            rollouts = chain(taught, sample(requests, kept.journal(step)))
+            batch = read(rollouts, [*taught, *requests])
             kept.put(step, batch.rollouts)
             return batch, now, roster
 

@@ -58,7 +58,3 @@ class StepCheckpoint:
                 "student went back to its last checkpoint: lower distill.optimizer.learning_rate, "
                 "or raise distill.guard.spike_factor if they are no spikes; log.txt names each"
             )
-
-    def delete(self) -> None:
-        """The run is over."""
-        self._path.unlink(missing_ok=True)

@@ -92,12 +92,19 @@ class Rosters:
     """A stage's rosters: read, checked, recorded."""
 
     def __init__(
-        self, stage: OpdStage, folder: Path, *, hire: Callable[[Iterable[str]], None]
+        self,
+        stage: OpdStage,
+        folder: Path,
+        *,
+        hire: Callable[[Iterable[str]], None],
+        begun: int = -1,
     ) -> None:
         """`hire` checks teachers and makes them known; it raises PosttrainError for one that cannot
-        teach."""
+        teach. `begun` is the newest step that an earlier attempt began to sample: no edit holds
+        before the one after it."""
         self._stage = stage
         self._hire = hire
+        self._begun = begun
         self._edited, self._recorded = folder / EDITED, folder / RECORDED
         self._reported = ""
         self.history = read_history(self._recorded)
@@ -115,7 +122,7 @@ class Rosters:
 
         Raises PosttrainError where a teacher that taught in this step before is not there any more.
         """
-        if step > self.history[-1].step and (new := self._news()) is not None:
+        if step > max(self.history[-1].step, self._begun) and (new := self._news()) is not None:
             self.history.append(Entry(step, new))
             write_atomic(self._recorded, lines(self.history))
             log.info("version %d of %s holds from step %d on", new.version, self._edited, step)

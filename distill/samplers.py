@@ -1,6 +1,7 @@
 """Who samples: the learner's own model between two steps, or workers with copies of its weights."""
 
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 from distill.config import DistillConfig
@@ -8,9 +9,10 @@ from posttrain.job import Job, LocalRole
 from posttrain.rollout.engine import Engine
 from posttrain.rollout.types import Request, Rollout
 from posttrain.rollout.weights import Weights, copy_weights
-from posttrain.rollout.worker import RolloutWorkers
+from posttrain.rollout.worker import RolloutWorkers, run_written
 
-Sample = Callable[[Sequence[Request]], Iterator[Rollout]]
+Sample = Callable[[Sequence[Request], Path], Iterator[Rollout]]
+"""The requests' rollouts, with a journal at the path, which a killed run goes on from."""
 
 
 class Sampler(Protocol):
@@ -29,9 +31,9 @@ class Colocated:
         self._engine = Engine(model, num_slots=num_slots, seed=seed)
 
     def at(self, version: int) -> Sample:
-        def sample(requests: Sequence[Request]) -> Iterator[Rollout]:
+        def sample(requests: Sequence[Request], journal: Path) -> Iterator[Rollout]:
             self._engine.version = version
-            return self._engine.run(requests)
+            return run_written(self._engine, requests, journal)
 
         return sample
 
@@ -50,11 +52,11 @@ class Separate:
             self._copied = version, copy_weights(self._model)
         weights = self._copied[1]
 
-        def sample(requests: Sequence[Request]) -> Iterator[Rollout]:
+        def sample(requests: Sequence[Request], journal: Path) -> Iterator[Rollout]:
             if self._loaded != version:
                 self._workers.load(version, weights)
                 self._loaded = version
-            return self._workers.run(requests)
+            return self._workers.run(requests, journal)
 
         return sample
 

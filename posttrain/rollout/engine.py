@@ -34,7 +34,7 @@ class Engine:
     """Samples from `model`, a V4 or another causal model of transformers', in `num_slots` slots.
 
     `version` is stamped on every token: set it when the weights change between two runs, and call
-    `update` where they change within one.
+    `update` where they change within one. `journal` may be another in every run.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Engine:
             raise ValueError(f"num_slots is {num_slots}: an engine needs at least one slot")
         self.model, self.num_slots, self.seed = model, num_slots, seed
         self.version = 0
-        self._journal, self._tokenizer, self._on_token = journal, tokenizer, on_token
+        self.journal, self._tokenizer, self._on_token = journal, tokenizer, on_token
         self._num_tool_threads, self._pool = num_tool_threads, None
         self._batch: Batch | None = None
         self._lock = RLock()
@@ -73,9 +73,9 @@ class Engine:
         """
         if self._batch is not None:
             raise RuntimeError("this engine's last run is not over: exhaust or close() it first")
-        if self._journal is not None:
+        if self.journal is not None:
             weights = fingerprint(self.model)
-            self._journal.begin(seed=self.seed, version=self.version, weights=weights)
+            self.journal.begin(seed=self.seed, version=self.version, weights=weights)
         make = V4Slots if isinstance(self.model, V4ForCausalLM) else GenericSlots
         self._slots = make(self.model, self.num_slots)
         batch = Batch(self._slots, self.num_slots, map(self._row, requests))
@@ -125,13 +125,13 @@ class Engine:
             self.version = version
             if self._batch is not None:
                 self._batch.forget_weights(rereads=rereads)
-                if self._journal is not None:
-                    self._journal.updated(version=version, weights=fingerprint(self.model))
+                if self.journal is not None:
+                    self.journal.updated(version=version, weights=fingerprint(self.model))
 
     def _row(self, request: Request) -> Row:
         row = Row.of(request, seed=self.seed, tokenizer=self._tokenizer)
-        if self._journal is not None:
-            self._journal.admit(row, self.version)
+        if self.journal is not None:
+            self.journal.admit(row, self.version)
         if row.is_turn_over:
             self._ask(row)
         return row
@@ -175,8 +175,8 @@ class Engine:
             )
         ]
         taken = list(zip(rows, tokens, strict=True))
-        if self._journal is not None:
-            self._journal.tokens(taken)
+        if self.journal is not None:
+            self.journal.tokens(taken)
         for row, token in taken:
             row.take(token)
             if row.is_turn_over:
@@ -199,8 +199,8 @@ class Engine:
         for row in rows:
             assert row.answer is not None
             said = row.answer.result()
-            if self._journal is not None:
-                self._journal.said(row, said)
+            if self.journal is not None:
+                self.journal.said(row, said)
             row.hear(said, self.version)
 
     def _rows(self) -> Iterable[Row]:

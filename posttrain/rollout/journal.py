@@ -19,6 +19,7 @@ import fcntl
 import hashlib
 import json
 import os
+import time
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -55,18 +56,19 @@ class Journal:
     until `clear` says that their rollouts are done with.
     """
 
-    def __init__(self, path: Path | str) -> None:
-        """Raises JournalError: another process has it open."""
+    def __init__(self, path: Path | str, *, wait_s: float = 0.0) -> None:
+        """Raises JournalError: another process has it open, and for `wait_s` seconds more."""
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(self._file)
-            raise JournalError(
-                f"{self.path}: another process has this journal open; wait for it or end it"
-            ) from None
+        deadline = time.monotonic() + wait_s
+        while not _locked(self._file):
+            if time.monotonic() >= deadline:
+                os.close(self._file)
+                raise JournalError(
+                    f"{self.path}: another process has this journal open; wait for it or end it"
+                )
+            time.sleep(0.05)
         self._rows: dict[Key, Logged] = {}
         self._count = 0
 
@@ -190,6 +192,14 @@ def fingerprint(model: Any) -> str:
         digest.update(f"{name}{tuple(x.shape)}{x.dtype}".encode())
         digest.update(some.contiguous().cpu().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _locked(file: int) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def digest_of(request: Request) -> str:

@@ -3,8 +3,11 @@
 learner --- weights, by version ---> workers --- rollouts, as they finish ---> learner
 """
 
+import logging
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,11 +15,37 @@ import torch
 from posttrain.checkpoints import load_model
 from posttrain.job import RoleHandle
 from posttrain.rollout.engine import Engine
+from posttrain.rollout.journal import Journal, JournalError, fingerprint
 from posttrain.rollout.types import Request, Rollout
 from posttrain.rollout.weights import Weights, load_weights
 
+log = logging.getLogger(__name__)
+
 ROLLOUTS_PER_CALL = 8
 """Rollouts that travel together: the first are on their way while the others are sampled."""
+
+LOCK_WAIT_S = 30.0
+"""A killed run's worker, which has the journal open, may live on so long."""
+
+
+def run_written(engine: Engine, requests: Sequence[Request], path: Path) -> Iterator[Rollout]:
+    """The engine's rollouts, every token in the journal at `path` before it is used.
+
+    What a killed run left there goes on. What other weights sampled, or is damaged, is sampled
+    anew: a run that goes back to older weights may come to other ones under the same version.
+    """
+    with closing(Journal(path, wait_s=LOCK_WAIT_S)) as journal:
+        try:
+            weights = fingerprint(engine.model)
+            journal.begin(seed=engine.seed, version=engine.version, weights=weights)
+        except JournalError as error:
+            log.warning("%s is sampled anew: %s", path, error)
+            journal.clear()
+        engine.journal = journal
+        try:
+            yield from engine.run(requests)
+        finally:
+            engine.journal = None
 
 
 class RolloutWorker:
@@ -37,9 +66,13 @@ class RolloutWorker:
         load_weights(self._engine.model, weights)
         self._engine.version = version
 
-    def start(self, requests: Sequence[Request]) -> None:
-        """Take up these requests in the place of all earlier ones."""
-        self._rollouts = self._engine.run(requests)
+    def start(self, requests: Sequence[Request], journal: Path | None = None) -> None:
+        """Take up these requests in the place of all earlier ones; as `run_written` where there is
+        a journal."""
+        if journal is None:
+            self._rollouts = self._engine.run(requests)
+        else:
+            self._rollouts = run_written(self._engine, requests, journal)
 
     def take(self) -> list[Rollout]:
         """The next few rollouts to finish; none when all have."""
@@ -59,12 +92,14 @@ class RolloutWorkers:
         for loaded in [worker.call("load", version, weights) for worker in self._workers]:
             loaded.result(self._timeout_s)
 
-    def run(self, requests: Sequence[Request]) -> Iterator[Rollout]:
+    def run(self, requests: Sequence[Request], journal: Path | None = None) -> Iterator[Rollout]:
         """Rollouts as they finish, in any order. Requests are dealt like cards: tokens do not
-        depend on who samples them, and so every worker gets as much of each domain."""
+        depend on who samples them, and so every worker gets as much of each domain. Worker i keeps
+        a journal at `journal`.i."""
         num_workers = len(self._workers)
         for i, worker in enumerate(self._workers):
-            worker.call("start", list(requests[i::num_workers])).result(self._timeout_s)
+            own = journal and journal.with_name(f"{journal.name}.{i}")
+            worker.call("start", list(requests[i::num_workers]), own).result(self._timeout_s)
         coming = [(worker, worker.call("take")) for worker in self._workers]
         while coming:
             worker, future = coming.pop(0)

@@ -1,6 +1,8 @@
-"""Small V4 checkpoints of different weights, written once, and distillations of them."""
+"""Small V4 checkpoints of different weights, written once, and distillations of them; `killed` is
+importable by name."""
 
 import json
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,8 @@ from posttrain.checkpoints import save_checkpoint
 from posttrain.job import Job
 from posttrain.metrics import Metrics
 from posttrain.tokenizer import build_tokenizer
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 NAMES = ("base", "specialist/mathematics", "specialist/code")
 DOMAINS = ("mathematics", "code")

@@ -92,6 +92,14 @@ def test_an_edit_holds_from_the_next_step_and_is_repeated_after_a_resume(tmp_pat
     assert "newer" in again.at(2)[0].teacher_names
 
 
+def test_an_edit_made_after_a_kill_holds_after_the_steps_that_were_begun(tmp_path: Path) -> None:
+    school = School("new")
+    Rosters(stage(), tmp_path, hire=school.hire).at(0)
+    edit(tmp_path, SECOND)  # killed in step 3, and goes on from step 1
+    resumed = Rosters(stage(), tmp_path, hire=school.hire, begun=3)
+    assert [resumed.at(step)[1] for step in range(1, 6)] == [1, 1, 1, 2, 2]
+
+
 @pytest.mark.parametrize(
     ("text", "problem"),
     [

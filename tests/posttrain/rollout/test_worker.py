@@ -1,6 +1,9 @@
 """Workers sample what the learner's own engine would, with exactly the weights they were given."""
 
+import json
+import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +14,9 @@ from posttrain.backbone import V4ForCausalLM, preset_config
 from posttrain.job import LocalRole
 from posttrain.rollout import Request, Rollout
 from posttrain.rollout.engine import Engine
+from posttrain.rollout.journal import Journal
 from posttrain.rollout.weights import copy_weights, load_weights, named_tensors
-from posttrain.rollout.worker import RolloutWorkers
+from posttrain.rollout.worker import RolloutWorkers, run_written
 
 VOCAB = 40
 
@@ -87,6 +91,60 @@ def test_requests_take_the_place_of_those_before(
     next(iter(workers.run(requests())))  # the rest is left
     assert len(by_prompt(workers.run(requests(5)))) == 5
     assert list(workers.run([])) == []
+
+
+def num_written(folder: Path) -> int:
+    """Tokens in all journals of a folder."""
+    lines = [line for path in folder.iterdir() for line in path.read_text().splitlines()]
+    records = [json.loads(line.partition(" ")[2]) for line in lines]
+    return sum(len(record.get("tokens", ())) for record in records)
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_workers_that_were_lost_half_way_are_followed_by_some_that_sample_the_rest_alone(
+    make_workers: Callable[[int], RolloutWorkers], num_workers: int, tmp_path: Path
+) -> None:
+    copied, asked = copy_weights(make_model(1)), requests(19)
+    wanted = by_prompt(Engine(make_model(1), num_slots=3, seed=0).run(asked))
+    path, counts = tmp_path / "7.journal", list[int]()
+    for _ in range(2):
+        lost = make_workers(num_workers)
+        lost.load(5, copied)
+        next(iter(lost.run(asked, path)))
+        del lost
+        counts.append(num_written(tmp_path))
+    workers = make_workers(num_workers)
+    workers.load(5, copied)
+    found = by_prompt(workers.run(asked, path))
+    assert found == {name: replace(r, version=5) for name, r in wanted.items()}
+    total = sum(len(rollout.response) for rollout in wanted.values())
+    assert 0 < counts[0] <= counts[1] < total
+    assert num_written(tmp_path) == total  # no token twice
+
+
+@pytest.mark.parametrize("harm", ["other weights", "another version", "damage"])
+def test_what_other_weights_sampled_or_is_damaged_is_sampled_anew(
+    harm: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, path = make_model(1), tmp_path / "7.journal"
+    before = Engine(make_model(2) if harm == "other weights" else model, num_slots=3, seed=0)
+    before.version = 4 if harm == "another version" else 0
+    list(run_written(before, requests(), path))
+    if harm == "damage":
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+    engine = Engine(model, num_slots=3, seed=0)
+    wanted = by_prompt(engine.run(requests()))
+    assert by_prompt(run_written(engine, requests(), path)) == wanted
+    assert "is sampled anew" in caplog.text
+    assert num_written(tmp_path) == sum(len(rollout.response) for rollout in wanted.values())
+
+
+def test_a_journal_is_waited_for_while_a_killed_runs_worker_has_it(tmp_path: Path) -> None:
+    held = Journal(tmp_path / "journal")
+    threading.Timer(0.2, held.close).start()
+    Journal(tmp_path / "journal", wait_s=20).close()
 
 
 def test_weights_are_parameters_and_buffers_and_stay_as_they_were_copied() -> None:

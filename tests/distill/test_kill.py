@@ -1,0 +1,61 @@
+"""A distillation killed by SIGKILL wherever it is, and resumed, is one that was never killed."""
+
+import json
+import multiprocessing
+import random
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from killed import PHASES, run
+
+from distill.config import OpdStage
+from posttrain.checkpoints import load_model
+from posttrain.job import Job
+from posttrain.metrics import Metrics
+
+SEED = 0
+
+
+def go_on(stage: OpdStage, job: Job, kill: tuple[str, int] | None = None) -> int | None:
+    """The exit code of a process of its own that goes on with the job."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["killed", "deepspeed"])
+    inputs = {name: str(path) for name, path in job.inputs.items()}
+    arguments = stage.model_dump(mode="json"), str(job.out), inputs, str(job.folder), kill
+    process = context.Process(target=run, args=arguments)
+    process.start()
+    process.join()
+    return process.exitcode
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", [{}, {"max_staleness": 1}], ids=["in turn", "ahead"])
+def test_a_run_killed_in_every_phase_comes_to_the_same_bits(
+    make_job: Callable[[str], Job],
+    make_stage: Callable[..., OpdStage],
+    without_time: Callable[[Job], list[dict[str, Any]]],
+    schedule: dict[str, Any],
+) -> None:
+    stage, draw = make_stage(num_steps=5, **schedule), random.Random(SEED)
+    straight, killed = make_job("straight"), make_job("killed")
+    assert go_on(stage, straight) == 0
+    calls = json.loads(straight.out.with_suffix(".calls").read_text())
+    for phase in PHASES:
+        # the end is the last of its calls; the other phases are in each step that is left
+        last = calls[phase] - 1 if phase == "ending" else calls[phase] // 3
+        first = calls[phase] - 5 if phase == "ending" else 1
+        kill = phase, draw.randint(first, last)
+        assert go_on(stage, killed, kill) == -signal.SIGKILL, kill
+    assert go_on(stage, killed) == 0
+    wanted, found = (load_model(j.out / "checkpoint").state_dict() for j in (straight, killed))
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+    one, other = (
+        replace(j, metrics=Metrics(j.metrics.path, stage="opd")) for j in (straight, killed)
+    )
+    assert without_time(other) == without_time(one)
+    names = [sorted(path.name for path in j.out.iterdir()) for j in (straight, killed)]
+    assert names[0] == names[1]
