@@ -177,7 +177,10 @@ def empty_microbatch() -> MicroBatch:
 
 
 def make_microbatch(rows: Sequence[ScoredExample], *, domains: Sequence[str]) -> MicroBatch:
-    """One micro-batch of rows that are sorted by teachers; `domains` gives each its index."""
+    """One micro-batch of rows that are sorted by teachers, whose hidden states are read now;
+    `domains` gives each its index."""
+    if not rows:
+        return empty_microbatch()
     examples = [row.example for row in rows]
     input_ids_BS, attention_mask_BS = pad_right([example.input_ids for example in examples])
     width = input_ids_BS.shape[1]
@@ -211,25 +214,20 @@ def _groups(rows: Sequence[ScoredExample]) -> Iterator[Group]:
         start += len(mixture_Nn)
 
 
-def microbatches(
-    rows: Sequence[ScoredExample],
-    *,
-    num_rows: int,
-    domains: Sequence[str],
-    num_tokens: int | None = None,
-) -> Iterator[MicroBatch]:
-    """All rows, at most `num_rows` and, padding included, `num_tokens` tokens at a time (one row
-    may have more): sorted by teachers, so that each head is needed once, and by length, so that
-    little is padded."""
+def cut_rows(
+    rows: Sequence[ScoredExample], *, num_rows: int, num_tokens: int | None = None
+) -> list[list[ScoredExample]]:
+    """Each micro-batch's rows: all rows, at most `num_rows` and, padding included, `num_tokens`
+    tokens at a time (one row may have more): sorted by teachers, so that each head is needed once,
+    and by length, so that little is padded."""
     order = sorted(rows, key=lambda row: (row.example.teacher_names, len(row.example.input_ids)))
-    batch: list[ScoredExample] = []
+    parts: list[list[ScoredExample]] = []
     longest = 0
     for row in order:
         longest = max(longest, len(row.example.input_ids))
-        is_long = num_tokens is not None and (len(batch) + 1) * longest > num_tokens
-        if batch and (len(batch) == num_rows or is_long):
-            yield make_microbatch(batch, domains=domains)
-            batch, longest = [], len(row.example.input_ids)
-        batch.append(row)
-    if batch:
-        yield make_microbatch(batch, domains=domains)
+        size = len(parts[-1]) if parts else num_rows
+        if size == num_rows or (num_tokens is not None and (size + 1) * longest > num_tokens):
+            parts.append([])
+            longest = len(row.example.input_ids)
+        parts[-1].append(row)
+    return parts

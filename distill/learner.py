@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.balance import Denominator, Totals, token_weights
-from distill.batch import Group, MicroBatch, ScoredExample, empty_microbatch, microbatches
+from distill.batch import Group, MicroBatch, ScoredExample, cut_rows, make_microbatch
 from distill.causal_lm import head_weight, hidden_states, token_logp
 from distill.divergences import Kind, divergence
 from distill.guard import Guard
@@ -102,20 +102,17 @@ class Learner:
         """One update on this rank's rows, or none where the guard says so; the step's metrics over
         all ranks. Some rank has a row."""
         totals = self._count(rows)
-        batches = list(
-            microbatches(
-                rows,
-                num_rows=self.rows_per_microbatch,
-                num_tokens=self.tokens_per_microbatch,
-                domains=self.domains,
-            )
+        parts = cut_rows(
+            rows, num_rows=self.rows_per_microbatch, num_tokens=self.tokens_per_microbatch
         )
-        num_rounds = self.mesh.max(len(batches))
-        batches += [empty_microbatch()] * (num_rounds - len(batches))
+        num_rounds = self.mesh.max(len(parts))
+        parts += [[]] * (num_rounds - len(parts))
         tally = Tally(self.domains, self.mesh)
         self.student.train()
-        for i, batch in enumerate(batch.to(self.mesh.device) for batch in batches):
-            with self.mesh.accumulate(self.student, is_last=i == len(batches) - 1):
+        for i, part in enumerate(parts):
+            # made as it is needed: it holds a copy of its rows' hidden states
+            batch = make_microbatch(part, domains=self.domains).to(self.mesh.device)
+            with self.mesh.accumulate(self.student, is_last=i == num_rounds - 1):
                 self._learn(batch, totals, tally)
         scale_own_losses(self.student, None)  # another trainer's of this model find it as it was
         grad_norm = self.mesh.clip_grad_norm(self.student, self.max_grad_norm)

@@ -5,7 +5,14 @@ from dataclasses import replace
 
 import torch
 
-from distill.batch import Example, ScoredExample, example_from_rollout, microbatches, pad_right
+from distill.batch import (
+    Example,
+    ScoredExample,
+    cut_rows,
+    example_from_rollout,
+    make_microbatch,
+    pad_right,
+)
 from posttrain.rollout.types import Rollout
 
 TOOL_TURN = Rollout(
@@ -76,7 +83,8 @@ def test_a_microbatch_by_hand() -> None:
         scored("agent", {"a": 1}, [1, 2, 3], [1, 2], sampled=[3, 32], hidden={"a": [2.0, 3.0]}),
         scored("code", {"a": 1.0}, [9, 8], [1], sampled=[33], hidden={"a": [1.0]}),
     ]
-    (batch,) = microbatches(rows, num_rows=8, domains=["agent", "code"])
+    (part,) = cut_rows(rows, num_rows=8)
+    batch = make_microbatch(part, domains=["agent", "code"])
     assert batch.input_ids_BS.tolist() == [[9, 8, 0], [1, 2, 3], [7, 0, 0]]
     assert batch.position_N.tolist() == [1, 4, 5, 6]
     assert batch.sampled_N.tolist() == [33, 3, 32, 31]
@@ -100,7 +108,8 @@ def test_rows_of_the_same_teachers_form_one_group_whatever_their_weights() -> No
         ),
         scored("code", {"b": 1.0}, [7], [0], sampled=[1], hidden={"b": [7]}),
     ]  # fmt: skip
-    (batch,) = microbatches(rows, num_rows=8, domains=["code"])
+    (part,) = cut_rows(rows, num_rows=8)
+    batch = make_microbatch(part, domains=["code"])
     both, alone = batch.groups
     assert (both.teachers, alone.teachers) == (("a", "b"), ("b",))
     assert both.mixture_Nn.tolist() == [[0.75, 0.25], [0.5, 0.5], [0.5, 0.5]]
@@ -115,7 +124,8 @@ def test_no_microbatch_holds_more_tokens_than_it_may_and_no_row_is_lost() -> Non
         scored("code", {f"t{i % 3}": 1.0}, [i] * n, [n - 1], sampled=[i], hidden={f"t{i % 3}": [i]})
         for i, n in enumerate(lengths)
     ]
-    cut = list(microbatches(rows, num_rows=6, num_tokens=64, domains=["code"]))
+    parts = cut_rows(rows, num_rows=6, num_tokens=64)
+    cut = [make_microbatch(part, domains=["code"]) for part in parts]
     for batch in cut:
         assert len(batch.input_ids_BS) <= 6
         assert batch.input_ids_BS.numel() <= 64 or len(batch.input_ids_BS) == 1
