@@ -1,9 +1,12 @@
 """Distillations whose roles live in Ray workers: `python apart.py JOBS`, JSON of [job, ...].
 
-Each job has `stage`, `out`, `inputs` and `folder`, and the number of processes for its roles.
+Each job has `stage`, `out`, `inputs` and `folder`, and the number of processes for its roles. Where
+it has `dies_at` the whole process is killed when it would log that step.
 """
 
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,9 +25,19 @@ def main(jobs: list[dict[str, Any]]) -> None:
         from posttrain.metrics import Metrics
         from posttrain.pipeline.roles import Placement
 
+        class Mortal(Metrics):
+            dies_at: int | None = None
+
+            def log(self, step: int, total: int, **values: float | int | str) -> None:
+                if step == self.dies_at:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                super().log(step, total, **values)
+
         for job in jobs:
             out = Path(job["out"])
             helpers = list(cluster.workers.values())[: job["num_places"]]
+            metrics = Mortal(out / "metrics.jsonl", stage="opd")
+            metrics.dies_at = job.get("dies_at")
             place = Placement(helpers, num_threads=1, log=out / "log.txt")
             work(
                 OpdStage.model_validate(job["stage"]),
@@ -34,7 +47,7 @@ def main(jobs: list[dict[str, Any]]) -> None:
                     Path(job["folder"]),
                     seed=0,
                     num_threads=1,
-                    metrics=Metrics(out / "metrics.jsonl", stage="opd"),
+                    metrics=metrics,
                     place=place,
                 ),
             )

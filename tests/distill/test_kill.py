@@ -2,10 +2,14 @@
 
 import json
 import multiprocessing
+import os
 import random
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +21,7 @@ from posttrain.checkpoints import load_model
 from posttrain.job import Job
 from posttrain.metrics import Metrics
 
+HOME = Path(__file__).resolve().parents[2]
 SEED = 0
 
 
@@ -51,6 +56,44 @@ def test_a_run_killed_in_every_phase_comes_to_the_same_bits(
         kill = phase, draw.randint(first, last)
         assert go_on(stage, killed, kill) == -signal.SIGKILL, kill
     assert go_on(stage, killed) == 0
+    assert_same(straight, killed, without_time)
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_two_ranks_killed_together_come_to_the_same_bits(
+    make_job: Callable[[str], Job],
+    make_stage: Callable[..., OpdStage],
+    without_time: Callable[[Job], list[dict[str, Any]]],
+) -> None:
+    stage = make_stage(learners={"num_ranks": 2}, num_rollout_workers=1)
+    straight, killed = make_job("straight"), make_job("killed")
+    told: list[dict[str, Any]] = [
+        {
+            "stage": stage.model_dump(mode="json"),
+            "out": str(job.out),
+            "inputs": {role: str(path) for role, path in job.inputs.items()},
+            "folder": str(job.folder),
+            "num_places": 2,
+        }
+        for job in (straight, killed)
+    ]
+    assert apart([told[0], {**told[1], "dies_at": 4}]) == -signal.SIGKILL
+    assert apart([told[1]]) == 0
+    assert_same(straight, killed, without_time)
+
+
+def apart(jobs: list[dict[str, Any]]) -> int:
+    """The exit code of a driver whose roles are in Ray workers."""
+    command = [sys.executable, str(HOME / "tests" / "distill" / "apart.py"), json.dumps(jobs)]
+    env = {**os.environ, "PYTHONPATH": str(HOME)}
+    return subprocess.run(command, env=env, check=False).returncode
+
+
+def assert_same(
+    straight: Job, killed: Job, without_time: Callable[[Job], list[dict[str, Any]]]
+) -> None:
+    """Weights, metrics and files, to the bit."""
     wanted, found = (load_model(j.out / "checkpoint").state_dict() for j in (straight, killed))
     assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
     one, other = (

@@ -154,8 +154,19 @@ class Edits(Metrics):
             edit(self.path.parent, self.text)
 
 
+@pytest.mark.parametrize(
+    ("max_staleness", "killed_at", "versions"),
+    [
+        (0, 4, [1, 1, 1, 2, 2]),  # the fourth step is taken, and lost
+        (1, 3, [1, 1, 1, 1, 2]),  # it is sampled before the edit, which is made after the kill
+    ],
+)
 def test_a_run_whose_teachers_change_goes_on_from_a_kill_to_the_same_bits(
-    stages: dict[str, Path], tmp_path: Path
+    stages: dict[str, Path],
+    tmp_path: Path,
+    max_staleness: int,
+    killed_at: int,
+    versions: list[int],
 ) -> None:
     for domain in DOMAINS:
         rows = [{"prompt": f"{domain} {i}", "answer": str(i)} for i in range(12)]
@@ -168,18 +179,19 @@ def test_a_run_whose_teachers_change_goes_on_from_a_kill_to_the_same_bits(
         metrics = Edits(tmp_path / name / "metrics.jsonl", text=text, **edits)
         return Job(tmp_path / name, stages, tmp_path, seed=0, num_threads=1, metrics=metrics)
 
-    work(stage(), job("straight"))
-    with pytest.raises(KeyboardInterrupt):  # the fourth step is taken, and lost
-        work(stage(), job("killed", killed_at=4))
+    schedule = stage(max_staleness=max_staleness)
+    work(schedule, job("straight"))
+    with pytest.raises(KeyboardInterrupt):
+        work(schedule, job("killed", killed_at=killed_at))
     resumed = job("killed")
     edit(tmp_path / "killed", text)
-    work(stage(), replace(resumed, metrics=Metrics(resumed.metrics.path, stage="opd")))
+    work(schedule, replace(resumed, metrics=Metrics(resumed.metrics.path, stage="opd")))
     one, two = (load_model(tmp_path / name / "checkpoint") for name in ("straight", "killed"))
     other = two.state_dict()
     assert all(torch.equal(tensor, other[name]) for name, tensor in one.state_dict().items())
     records = [
         json.loads(x) for x in (tmp_path / "straight/metrics.jsonl").read_text().splitlines()
     ]
-    assert [record["roster"] for record in records] == [1, 1, 1, 2, 2]
-    assert records[3]["share/mathematics"] != records[2]["share/mathematics"]
+    assert [record["roster"] for record in records] == versions
+    assert records[4]["share/mathematics"] != records[2]["share/mathematics"]
     assert json.loads((tmp_path / "killed" / "teachers.json").read_text()).keys() >= {"new"}
