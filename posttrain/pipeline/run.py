@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -337,9 +337,8 @@ def interruptible() -> Generator[None]:
 
 def _newest_change(folder: Path) -> float:
     newest = 0.0
-    for path in folder.rglob("*"):
-        try:
-            newest = max(newest, path.stat().st_mtime)
-        except FileNotFoundError:  # replaced or removed meanwhile
-            continue
+    with suppress(FileNotFoundError):  # a folder that moved meanwhile: the stage is done
+        for path in folder.rglob("*"):
+            with suppress(FileNotFoundError):  # replaced or removed meanwhile
+                newest = max(newest, path.stat().st_mtime)
     return newest
