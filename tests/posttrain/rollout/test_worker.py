@@ -2,7 +2,7 @@
 
 import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -102,11 +102,21 @@ def num_written(folder: Path) -> int:
 
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_workers_that_were_lost_half_way_are_followed_by_some_that_sample_the_rest_alone(
-    make_workers: Callable[[int], RolloutWorkers], num_workers: int, tmp_path: Path
+    make_workers: Callable[[int], RolloutWorkers],
+    num_workers: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     copied, asked = copy_weights(make_model(1)), requests(19)
     wanted = by_prompt(Engine(make_model(1), num_slots=3, seed=0).run(asked))
-    path, counts = tmp_path / "7.journal", list[int]()
+    path, counts, num_sampled = tmp_path / "7.journal", list[int](), list[int]()
+    write = Journal.tokens
+
+    def count(journal: Journal, taken: Sequence[Any]) -> None:
+        num_sampled.append(len(taken))
+        write(journal, taken)
+
+    monkeypatch.setattr(Journal, "tokens", count)
     for _ in range(2):
         lost = make_workers(num_workers)
         lost.load(5, copied)
@@ -119,7 +129,7 @@ def test_workers_that_were_lost_half_way_are_followed_by_some_that_sample_the_re
     assert found == {name: replace(r, version=5) for name, r in wanted.items()}
     total = sum(len(rollout.response) for rollout in wanted.values())
     assert 0 < counts[0] <= counts[1] < total
-    assert num_written(tmp_path) == total  # no token twice
+    assert num_written(tmp_path) == sum(num_sampled) == total  # no token twice
 
 
 @pytest.mark.parametrize("harm", ["other weights", "another version", "damage"])
