@@ -8,7 +8,6 @@ import os
 import sys
 from collections.abc import Generator
 from contextlib import contextmanager
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,12 +24,16 @@ app = typer.Typer(
 )
 
 
-class EffortName(StrEnum):
-    """How long a model thinks before it answers."""
+def effort_of(text: str) -> Any:
+    """`none`, `high`, `max`, or a number from 1 to 100."""
+    from pydantic import TypeAdapter, ValidationError
 
-    NONE = "none"
-    HIGH = "high"
-    MAX = "max"
+    from posttrain.config import Effort
+
+    try:
+        return TypeAdapter(Effort).validate_python(int(text) if text.isdigit() else text)
+    except ValidationError:
+        raise typer.BadParameter(f"{text!r} is not none, high, max or 1 to 100") from None
 
 
 RecipeName = Annotated[str, typer.Argument(help="A shipped recipe's name, or a YAML file.")]
@@ -161,7 +164,9 @@ def generate(
     system: Annotated[str | None, typer.Option(help="A system message in front.")] = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 1.0,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
-    effort: Annotated[EffortName, typer.Option(help="How long it thinks first.")] = EffortName.NONE,
+    effort: Annotated[
+        str, typer.Option(metavar="none|high|max|1-100", help="How long it thinks first.")
+    ] = "none",
     seed: Annotated[int, typer.Option(help="Another seed, another answer.")] = 0,
 ) -> None:
     """Print a checkpoint's answer as it is sampled."""
@@ -178,7 +183,7 @@ def generate(
             system=system,
             temperature=temperature,
             max_new_tokens=max_new_tokens,
-            effort=effort.value,
+            effort=effort_of(effort),
             seed=seed,
         )
     print()

@@ -1,12 +1,13 @@
 """The base of every config, and the settings that several stages share. Imports no torch."""
 
 import math
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-Effort = Literal["none", "high", "max"]
-"""How long the model thinks before it answers: not at all, at length, or at any length."""
+Effort = Literal["none", "high", "max"] | Annotated[int, Field(ge=1, le=100, strict=True)]
+"""How long the model thinks before it answers: not at all, at length, at any length; or a number
+from 1 to 100, which the prompt names."""
 
 
 class Config(BaseModel):

@@ -75,6 +75,22 @@ class SftConfig(SupervisedConfig):
     """Steps between two step checkpoints; a killed run loses at most that many."""
 
 
+class LengthPenalty(Config):
+    """What an answer's length costs at effort b, less for more effort (DeepSeek-V4.1):
+
+    -min(cap, k(b) * tokens / max_new_tokens), k(b) = k * exp(-(b - 1) / tau)
+
+    Effort `none` counts as b = 1, `high` as 50 and `max` as 100.
+    """
+
+    k: float = Field(default=0.2, gt=0)
+    """What an answer of max_new_tokens costs at effort 1, in units of the reward."""
+    tau: float = Field(default=30.0, gt=0)
+    """By so much more effort the cost falls to 1/e."""
+    cap: float = Field(default=0.5, gt=0)
+    """No answer costs more."""
+
+
 class GrpoConfig(Config):
     """Reinforcement on a domain's reward: advantage = reward - the mean of the prompt's group."""
 
@@ -111,6 +127,9 @@ class GrpoConfig(Config):
     """Learn each token with the experts that sampled it (V4 models; DeepSeek-V3.2)."""
     mask_truncated: bool = False
     """Answers that max_new_tokens cut carry no loss; their reward stays in the group's mean."""
+    length_penalty: LengthPenalty | None = None
+    """Taken from the reward that trains, not from the one that is logged and evaluated; null: none.
+    Groups have one prompt and one effort, so rewards are centred within both."""
     refill_rounds: int = Field(default=0, ge=0)
     """How often a group whose answers all earn the same, which teach nothing, makes room for one of
     another prompt; 0: never."""

@@ -18,6 +18,7 @@ from posttrain.tasks import Task
 from rewards.score import Score
 from specialists.choices import fields_of
 from specialists.config import GrpoConfig
+from specialists.effort import length_penalty
 
 FIELD = "score"
 """The extra field by which a rollout's reward goes through TRL to `handed_on`."""
@@ -34,11 +35,19 @@ class Group:
 
     rollouts: list[Rollout]
     scores: list[Score]
+    penalties: list[float]
+    """What each answer's length costs."""
+
+    @property
+    def rewards(self) -> list[float]:
+        """What trains."""
+        pairs = zip(self.scores, self.penalties, strict=True)
+        return [score.reward - penalty for score, penalty in pairs]
 
     @property
     def spread(self) -> float:
         """The rewards' standard deviation; where it is 0, so is every advantage."""
-        return pstdev(score.reward for score in self.scores)
+        return pstdev(self.rewards)
 
 
 class GroupSampler:
@@ -82,7 +91,7 @@ class GroupSampler:
         }
         return as_trl(
             [rollout for group in found for rollout in group.rollouts],
-            [score.reward for group in found for score in group.scores],
+            [reward for group in found for reward in group.rewards],
         )
 
     def read_metrics(self) -> dict[str, float]:
@@ -96,8 +105,19 @@ class GroupSampler:
         start = time.perf_counter()
         scores = self.score(visits, sampled)
         self._scoring_s += time.perf_counter() - start
-        groups = map(Group, sampled, scores)
-        return dict(zip(visits, groups, strict=True))
+        penalties = [
+            self._penalties(self._task(v), g) for v, g in zip(visits, sampled, strict=True)
+        ]
+        return dict(zip(visits, map(Group, sampled, scores, penalties), strict=True))
+
+    def _penalties(self, task: Task, group: Sequence[Rollout]) -> list[float]:
+        config, spec = self.config.length_penalty, task.spec
+        if config is None:
+            return [0.0] * len(group)
+        return [
+            length_penalty(sum(r.is_own), spec.effort, limit=spec.max_new_tokens, config=config)
+            for r in group
+        ]
 
     def _refilled(self, first: dict[int, Group]) -> tuple[dict[int, Group], int, int]:
         """Groups with other prompts in place of those without spread, as far as the rounds go; how
@@ -181,6 +201,11 @@ class GroupSampler:
             "reward": fmean(score.reward for score in scores),
             **(by_domain if len(self.tasks) > 1 else {}),
             **(by_term if len(names) > 1 else {}),
+            **(
+                {"length_penalty": fmean(p for group in groups for p in group.penalties)}
+                if self.config.length_penalty
+                else {}
+            ),
             "reward_std": fmean(group.spread for group in groups),
             "length": fmean(sum(rollout.is_own) for rollout in rollouts),
             "truncated": fmean(rollout.finish_reason == "length" for rollout in rollouts),

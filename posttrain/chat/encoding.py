@@ -4,7 +4,7 @@ A message is a dict: `role` (system, user, assistant, tool) and `content`; an as
 `reasoning` and `tool_calls` ([{"name", "arguments": dict}]). In V4's format:
 
     BOS system tools <User>text<Assistant></think>answer EOS                    effort none
-    BOS system tools <User>text<Assistant><think>reasoning</think>answer EOS    effort high, max
+    BOS system tools <User>text<Assistant><think>reasoning</think>answer EOS    any other effort
 
 Tool results, in call order, are the next user turn. Only the format's own text may become control
 tokens: whatever a message says is encoded as mere characters, so that nobody can forge a turn.
@@ -43,6 +43,9 @@ MAX_EFFORT = (
     "unchecked.\n\n"
 )
 """What V4 reads in front of the system text at effort `max`: part of the format, word for word."""
+
+NUMBER_EFFORT = "Reasoning Effort: {number} of 100.\n\n"
+"""What stands there at an effort that is a number: our words, V4's encoder has none for it."""
 
 TOOLS_HEAD = f"""## Tools
 
@@ -193,7 +196,7 @@ def _conversation(
     )
     system = "\n\n".join(str(m["content"]) for m in messages[:num_system])
     pieces = [Piece(BOS, is_format=True)]
-    pieces.append(Piece((MAX_EFFORT if effort == "max" else "") + system))
+    pieces.append(Piece(effort_text(effort) + system))
     if tools:
         pieces += [Piece("\n\n" if system else ""), *_tools_block(tools)]
 
@@ -221,6 +224,13 @@ def _conversation(
     if heard:
         pieces += [*_user_turn(heard), _mark(is_thinking=effort != "none")]
     return pieces
+
+
+def effort_text(effort: Effort) -> str:
+    """What the system text begins with at this effort."""
+    if isinstance(effort, int):
+        return NUMBER_EFFORT.format(number=effort)
+    return MAX_EFFORT if effort == "max" else ""
 
 
 def _mark(*, is_thinking: bool) -> Piece:

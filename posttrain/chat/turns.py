@@ -12,6 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from posttrain.config import Effort
 from posttrain.tokenizer import DSML, END_THINK, controls_of
 
 CUT = "\ufdd0"
@@ -60,7 +61,7 @@ class _Malformed(ValueError):
 
 
 def parse_turn(
-    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], *, effort: str = "none"
+    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], *, effort: Effort = "none"
 ) -> Turn:
     """The turn of the model's own `ids` (its EOS included, if it was sampled)."""
     is_ended = bool(ids) and ids[-1] == tokenizer.eos_token_id

@@ -31,7 +31,7 @@ from posttrain.pipeline.checkpoint_checks import (
     teacher_tokenizer,
 )
 from posttrain.pipeline.hub import check_on_hub
-from posttrain.pipeline.recipe import DomainConfig
+from posttrain.pipeline.recipe_domain import DomainConfig
 from posttrain.pipeline.recipe_file import RecipeFile
 from posttrain.pipeline.recipe_yaml import FieldPath
 from posttrain.pipeline.words import shown
@@ -305,7 +305,7 @@ def num_extra_tokens(domain: DomainConfig, *, is_v4: bool) -> int:
     """A bound of what stands in front of every prompt: system text, tools, effort."""
     texts = [domain.system or "", *(json.dumps(tool) for tool in prompt_tools(domain))]
     num_bytes = sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
-    is_plain = is_v4 and not prompt_tools(domain) and domain.effort != "max"
+    is_plain = is_v4 and not prompt_tools(domain) and domain.effort in ("none", "high")
     return num_bytes + (0 if is_plain else TEMPLATE_TOKENS)
 
 

@@ -8,16 +8,16 @@ what can be wrong beyond its types (data, rewards, teachers) is checks.py.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Literal, Self, cast
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from distill.config import DistillConfig, check_weights
-from posttrain.config import Config, Effort
-from posttrain.domains import DomainSpec
+from posttrain.config import Config
 from posttrain.evaluate_config import EvaluateConfig
 from posttrain.merge_config import MergeStage
+from posttrain.pipeline.recipe_domain import DomainConfig, refuse_twice
 from specialists.config import GrpoConfig, PretrainConfig, SftConfig
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
@@ -32,13 +32,6 @@ class FieldError(ValueError):
     def __init__(self, field: str, message: str) -> None:
         super().__init__(message)
         self.field = field
-
-
-def _refuse_twice(values: Sequence[str]) -> None:
-    """Raise ValueError on a value that is there twice."""
-    twice = next((value for value in values if values.count(value) > 1), None)
-    if twice is not None:
-        raise ValueError(f"{twice!r} is given twice: keep one")
 
 
 def overlaid(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
@@ -90,35 +83,6 @@ class BaseConfig(Config):
         if self.revision is not None and self.hub is None:
             raise ValueError("revision belongs to hub: remove it, or name a hub model")
         return self
-
-
-class DomainConfig(DomainSpec):
-    """One domain: its prompts, its reward, and how its specialist is made."""
-
-    name: str = ""
-    """Filled in from the domain's key in the recipe; leave it out."""
-    efforts: list[Effort] = []
-    """One specialist per effort, called `<domain>@<effort>`; empty: one, with `effort`."""
-    sft: SftConfig | None = None
-    """Supervised training on the domain's demonstrations; null: none."""
-    grpo: GrpoConfig | None = None
-    """Reinforcement on the domain's reward, after `sft` if there is one; null: none."""
-
-    @field_validator("efforts")
-    @classmethod
-    def efforts_differ(cls, value: list[Effort]) -> list[Effort]:
-        _refuse_twice(value)
-        return value
-
-    @property
-    def is_trained(self) -> bool:
-        """Whether the domain has a specialist of its own."""
-        return bool(self.sft or self.grpo)
-
-    @property
-    def spec(self) -> DomainSpec:
-        """The domain without its training: what every stage that samples or scores needs."""
-        return DomainSpec(**{name: getattr(self, name) for name in DomainSpec.model_fields})
 
 
 class MixedConfig(Config):
@@ -224,7 +188,7 @@ class Recipe(Config):
     @field_validator("baselines")
     @classmethod
     def baselines_differ(cls, value: list[Baseline]) -> list[Baseline]:
-        _refuse_twice(value)
+        refuse_twice(value)
         return value
 
     @model_validator(mode="after")
@@ -380,9 +344,7 @@ class Recipe(Config):
         """The domains with one entry per effort: `mathematics`, or `mathematics@none`, `@high`."""
         found: dict[str, DomainConfig] = {}
         for key, domain in self.domains.items():
-            for effort in domain.efforts or [domain.effort]:
+            for effort, one in domain.by_effort.items():
                 name = f"{key}@{effort}" if domain.efforts else key
-                found[name] = domain.model_copy(
-                    update={"name": name, "effort": effort, "efforts": []}
-                )
+                found[name] = one.model_copy(update={"name": name})
         return found

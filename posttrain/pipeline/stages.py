@@ -26,7 +26,8 @@ from posttrain.merge_config import MergeStage
 from posttrain.pipeline import source
 from posttrain.pipeline.fingerprints import checkpoint_fingerprint, named_modules
 from posttrain.pipeline.ledger import hash_files
-from posttrain.pipeline.recipe import DomainConfig, Recipe
+from posttrain.pipeline.recipe import Recipe
+from posttrain.pipeline.recipe_domain import DomainConfig
 from posttrain.report_config import ReportStage
 from specialists.config import (
     ExistingStage,

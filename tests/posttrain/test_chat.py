@@ -150,6 +150,14 @@ def test_effort_max_speaks_before_the_system(tokenizer: Any) -> None:
     assert most.endswith(high.removeprefix(BOS))
 
 
+def test_an_effort_that_is_a_number_is_told_before_the_system(tokenizer: Any) -> None:
+    high = tokenizer.decode(encode_prompt(tokenizer, [SYSTEM, user("Hi")], effort="high"))
+    some = tokenizer.decode(encode_prompt(tokenizer, [SYSTEM, user("Hi")], effort=37))
+    assert some == f"{BOS}Reasoning Effort: 37 of 100.\n\n{high.removeprefix(BOS)}"
+    turn = parse_turn(tokenizer, tokenizer("8+7=15</think>15" + EOS)["input_ids"], effort=37)
+    assert (turn.reasoning, turn.content) == ("8+7=15", "15")
+
+
 @pytest.mark.parametrize("effort", ["none", "high"])
 def test_a_rollouts_parts_make_the_conversation(tokenizer: Any, effort: Any) -> None:
     # prompt | own turn | results and mark | own turn: what GRPO and OPD see is what SFT taught.

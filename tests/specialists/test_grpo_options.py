@@ -24,7 +24,8 @@ from posttrain.rollout.engine import Engine
 from posttrain.rollout.types import Rollout
 from posttrain.tasks import Task
 from specialists import grpo, training
-from specialists.config import GrpoConfig, GrpoStage
+from specialists.config import GrpoConfig, GrpoStage, LengthPenalty
+from specialists.effort import length_penalty
 from specialists.groups import GroupSampler, as_trl
 
 NewJob = Callable[..., Job]
@@ -424,3 +425,35 @@ def test_a_run_that_was_killed_goes_on_to_the_same_bits(
 def test_settings_that_cannot_work_are_refused(settings: dict[str, Any], said: str) -> None:
     with pytest.raises(ValidationError, match=said):
         GrpoConfig.model_validate(settings)
+
+
+def test_length_costs_as_the_formula_says_and_never_more_than_its_cap() -> None:
+    config = LengthPenalty(k=0.3, tau=20.0, cap=0.25)
+    efforts: list[tuple[Any, float]] = [("none", 1), (37, 37), ("high", 50), ("max", 100)]
+    for effort, b in efforts:
+        for num_tokens in (1, 7, 64):
+            wanted = min(0.25, 0.3 * math.exp(-(b - 1) / 20.0) * num_tokens / 64)
+            found = length_penalty(num_tokens, effort, limit=64, config=config)
+            assert found == pytest.approx(wanted, rel=1e-12)
+    assert length_penalty(64, "none", limit=64, config=config) == 0.25
+
+
+def test_what_trains_is_the_reward_less_what_length_costs(
+    start: Path, tokenizer: Any, words: DomainSpec, new_job: NewJob
+) -> None:
+    job, penalty = new_job("grpo"), LengthPenalty(k=0.4)
+    config = stage([words], prompts_per_step=3, length_penalty=penalty).grpo
+    with closing(Task(words, tokenizer, folder=job.folder, seed=0)) as task:
+        visits = grpo.prompt_order([task], config, seed=0)
+        engine = Engine(load_model(start / "checkpoint"), num_slots=6, seed=0)
+        sampler = GroupSampler(engine, [task], visits, config=config, seed=0)
+        trainer: Any = type("At", (), {"state": type("State", (), {"global_step": 0})})
+        found = sampler([str(v) for v in range(3) for _ in range(2)], trainer)
+        earned = [
+            s.reward for group in sampler.score(range(3), sampler.sample(range(3))) for s in group
+        ]
+    cost = [0.4 * sum(own) / 8 for own in found["env_mask"]]
+    assert found["score"] == pytest.approx([r - c for r, c in zip(earned, cost, strict=True)])
+    logged = sampler.read_metrics()
+    assert logged["reward"] == pytest.approx(sum(earned) / 6)
+    assert logged["length_penalty"] == pytest.approx(sum(cost) / 6)

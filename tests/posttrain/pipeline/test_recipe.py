@@ -469,6 +469,18 @@ def test_a_domain_is_called_mixed_only_where_no_baseline_is(tmp_path: Path) -> N
     checked(path, *overrides, "domains.mixed.efforts=[none]")
 
 
+def test_an_effort_may_have_a_limit_of_its_own(tmp_path: Path) -> None:
+    field = "domains.letters.efforts"
+    given = f"{field}={{none: {{max_new_tokens: 5}}, 80: {{}}}}"
+    recipe = checked(write_recipe(tmp_path), given).recipe
+    found = {name: (d.effort, d.max_new_tokens) for name, d in recipe.specialists().items()}
+    own = recipe.domains["letters"].max_new_tokens
+    assert found == {"letters@none": ("none", 5), "letters@80": (80, own)}
+    assert own != 5
+    for wrong in ("[101]", "[0]", "[low]", "[2.5]"):
+        assert field in message_of(write_recipe(tmp_path), f"{field}={wrong}")
+
+
 def test_a_mixture_names_domains_without_their_efforts(tmp_path: Path) -> None:
     path = write_recipe(tmp_path)
     efforts = "domains.letters.efforts=[high]"
