@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 from posttrain.errors import CheckpointError
 from posttrain.files import write_atomic
@@ -48,9 +49,26 @@ def copy_adapter(source: Path, folder: Path, *, base: Path) -> None:
     partial = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(source, partial)
-    config = json.loads((partial / CONFIG).read_text(encoding="utf-8"))
-    config["base_model_name_or_path"] = os.fspath(base.resolve())
-    write_atomic(partial / CONFIG, json.dumps(config, indent=2, sort_keys=True))
+    _name_base(partial, os.fspath(base.resolve()))
     if folder.exists():
         shutil.rmtree(folder)
     partial.rename(folder)
+
+
+def save_adapter(model: Any, tokenizer: Any, folder: Path, *, base: Path) -> None:
+    """A PEFT model's adapter with the tokenizer as `folder`, which appears whole; it names its base
+    by the path from there, so that both may move together."""
+    partial = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(str(partial), save_embedding_layers=False)
+    tokenizer.save_pretrained(str(partial))
+    _name_base(partial, os.path.relpath(base.resolve(), folder.resolve()))
+    if folder.exists():
+        shutil.rmtree(folder)
+    partial.rename(folder)
+
+
+def _name_base(folder: Path, base: str) -> None:
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    config["base_model_name_or_path"] = base
+    write_atomic(folder / CONFIG, json.dumps(config, indent=2, sort_keys=True))

@@ -62,6 +62,19 @@ class PretrainConfig(SupervisedConfig):
     """The data. Every prompt that is held out in a domain is taken out of it."""
 
 
+class LoraConfig(Config):
+    """A LoRA adapter in place of the whole model (PEFT)."""
+
+    rank: int = Field(default=16, ge=1)
+    """Columns of each factor."""
+    alpha: int = Field(default=32, ge=1)
+    """The product of the factors is scaled by alpha / rank."""
+    targets: str = r".*self_attn\.(q_a_proj|q_b_proj|kv_proj|o_b_proj)"
+    """A regular expression that whole module names match; V4's attention projections."""
+    experts: bool = False
+    """Adapt V4's routed experts too, which are parameters and no modules."""
+
+
 class SftConfig(SupervisedConfig):
     """Supervised training on a domain's demonstrations."""
 
@@ -71,6 +84,14 @@ class SftConfig(SupervisedConfig):
     """Demonstrations used of each domain, chosen from its train split by their hash; null: all."""
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=5e-4)
     """The optimizer and its schedule."""
+    lora: LoraConfig | None = None
+    """Train an adapter, which is the stage's result; teachers that adapt one base share it in
+    memory. null: the whole model."""
+    validation_share: float = Field(default=0.0, ge=0, lt=1)
+    """The share of the demonstrations, chosen by their prompts' hash, that are kept out of training
+    to choose the result by: the weights at the lowest loss on them. 0: the last weights."""
+    validate_every: int = Field(default=10, ge=1)
+    """Steps between two losses on them, logged as `validation_loss`; the last step has one too."""
     checkpoint_every: int = Field(default=20, ge=1)
     """Steps between two step checkpoints; a killed run loses at most that many."""
 

@@ -4,9 +4,11 @@ The loss is the mean cross entropy over the learned tokens of a step, however it
 microbatches. Several domains give the SFT of the `mixed` baseline.
 """
 
+import hashlib
 import logging
 from collections.abc import Sequence
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
@@ -20,8 +22,10 @@ from posttrain.job import Job
 from posttrain.tasks import Task
 from specialists import training
 from specialists.config import SftConfig, SftStage, SupervisedConfig
+from specialists.lora import load_with_adapter
 from specialists.rows import TokenRow, draw, sort_within_steps
 from specialists.trl_border import OurSFTTrainer
+from specialists.validation import BestWeights
 
 IGNORED = -100
 """The label of a token without loss."""
@@ -37,11 +41,41 @@ def work(config: SftStage, job: Job) -> None:
     """
     if not training.prepare(job):
         return
-    start = job.inputs["start"] / "checkpoint"
-    tokenizer, model = load_tokenizer(start), load_model(start)
-    sources = [demonstrations(spec, tokenizer, config.sft, job) for spec in config.domains]
-    names = [spec.name for spec in config.domains]
-    learn(model, tokenizer, dict(zip(names, sources, strict=True)), config=config.sft, job=job)
+    start, base = job.inputs["start"] / "checkpoint", None
+    tokenizer = load_tokenizer(start)
+    if config.sft.lora:
+        model, base = load_with_adapter(start, config.sft.lora)
+    else:
+        model = load_model(start)
+    rows = {spec.name: demonstrations(spec, tokenizer, config.sft, job) for spec in config.domains}
+    learned, kept = split_validation(rows, config.sft.validation_share)
+    learn(model, tokenizer, learned, config=config.sft, job=job, validation=kept, base=base)
+
+
+def split_validation(
+    rows: dict[str, list[TokenRow]], share: float
+) -> tuple[dict[str, list[TokenRow]], list[TokenRow]]:
+    """The rows to learn by domain, and those to validate on. A row's side is its prompt's alone.
+
+    Raises:
+        DataError: a domain has none left to learn, or no domain has one to validate on.
+    """
+    kept = {row.id for found in rows.values() for row in found if _position(row) < share}
+    learned = {name: [r for r in found if r.id not in kept] for name, found in rows.items()}
+    empty = [name for name, found in learned.items() if not found]
+    if empty or (share and not kept):
+        raise DataError(
+            f"validation_share {share:g} keeps {len(kept)} of {sum(map(len, rows.values()))} "
+            f"demonstrations and leaves none to {', '.join(empty) or 'validate on'}: give more "
+            "demonstrations, or another share"
+        )
+    return learned, [row for found in rows.values() for row in found if row.id in kept]
+
+
+def _position(row: TokenRow) -> float:
+    """Where in [0, 1) a prompt stands; otherwise than where it stands in the held-out split."""
+    digest = hashlib.sha256(f"validation {row.id}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
 
 
 def demonstrations(spec: DomainSpec, tokenizer: Any, config: SftConfig, job: Job) -> list[TokenRow]:
@@ -66,6 +100,8 @@ def learn(
     job: Job,
     weights: Sequence[float] | None = None,
     facts: dict[str, int] | None = None,
+    validation: Sequence[TokenRow] = (),
+    base: Path | None = None,
 ) -> None:
     """Train `model` on rows drawn from the sources by weight, and write the result.
 
@@ -77,6 +113,8 @@ def learn(
         job: where to work.
         weights: one per source; null: equal.
         facts: counts to log beside the number of rows.
+        validation: rows that choose the result; none: the last weights are it.
+        base: what `model` is an adapter of.
     """
     context = model.config.max_position_embeddings
     limit = min(config.max_length or context, context)
@@ -85,14 +123,31 @@ def learn(
     counts = {"rows": num_rows, "rows_too_long": sum(map(len, sources.values())) - num_rows}
     data = in_order(list(kept.values()), config, seed=job.seed, weights=weights)
     counts["tokens"] = sum(label != IGNORED for row in data["labels"] for label in row)
-    trainer = build_trainer(model, tokenizer, data, config, job)
-    training.run(trainer, job, tokenizer, facts={**counts, **(facts or {})})
+    held = fitting("validation", list(validation), limit) if validation else []
+    counts |= {"rows_validation": len(held)} if held else {}
+    trainer = build_trainer(model, tokenizer, data, config, job, validation=held)
+    training.run(
+        trainer,
+        job,
+        tokenizer,
+        facts={**counts, **(facts or {})},
+        best=BestWeights(trainer.model, job) if held else None,
+        base=base,
+    )
 
 
 def build_trainer(
-    model: PreTrainedModel, tokenizer: Any, data: Dataset, config: SupervisedConfig, job: Job
+    model: PreTrainedModel,
+    tokenizer: Any,
+    data: Dataset,
+    config: SupervisedConfig,
+    job: Job,
+    *,
+    validation: Sequence[TokenRow] = (),
 ) -> OurSFTTrainer:
     """A trainer for `data` (`input_ids`, `labels`) in its order, once."""
+    assert isinstance(config, SftConfig) or not validation
+    every = config.validate_every if isinstance(config, SftConfig) and validation else None
     shared = training.shared_arguments(
         job,
         num_steps=config.num_steps,
@@ -107,9 +162,13 @@ def build_trainer(
             **shared,
             max_length=None,  # no row is cut: those too long were left out
             train_sampling_strategy="sequential",
+            eval_strategy="steps" if every else "no",
+            eval_steps=every,
+            per_device_eval_batch_size=config.rows_per_step // config.microbatches,
             router_aux_loss_coef=0.0,
         ),
         train_dataset=data,
+        eval_dataset=data_set(validation) if validation else None,
         processing_class=tokenizer,
         optimizers=training.optimizer_for(model, config.optimizer, num_steps=config.num_steps),
     )
@@ -154,10 +213,16 @@ def in_order(
     order = sort_within_steps(lengths, config.rows_per_step)
     offsets = [sum(map(len, sources[:i])) for i in range(len(sources))]
     flat = [row for rows in sources for row in rows]
-    distinct = Dataset.from_dict(
-        {"input_ids": [row.tokens for row in flat], "labels": [labels(row) for row in flat]}
+    return data_set(flat).select(
+        [offsets[source] + row for source, row in (drawn[p] for p in order)]
     )
-    return distinct.select([offsets[source] + row for source, row in (drawn[p] for p in order)])
+
+
+def data_set(rows: Sequence[TokenRow]) -> Dataset:
+    """As TRL takes rows that are token ids already."""
+    return Dataset.from_dict(
+        {"input_ids": [row.tokens for row in rows], "labels": [labels(row) for row in rows]}
+    )
 
 
 def labels(row: TokenRow) -> list[int]:

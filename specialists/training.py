@@ -19,7 +19,6 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import (
-    PreTrainedModel,
     PrinterCallback,
     Trainer,
     TrainerCallback,
@@ -28,7 +27,9 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.trainer_utils import IntervalStrategy
 
+from posttrain.adapters import save_adapter
 from posttrain.checkpoints import save_checkpoint
 from posttrain.config import OptimizerConfig, learning_rate_factor
 from posttrain.files import write_atomic
@@ -36,6 +37,7 @@ from posttrain.job import Job
 from posttrain.metrics import Metrics
 from posttrain.optim import build_optimizer
 from specialists.trl_border import known_warnings
+from specialists.validation import BestWeights
 
 STEPS = "steps"
 RESULT = "checkpoint"
@@ -125,6 +127,8 @@ def run(
     *,
     read_metrics: Callable[[], dict[str, float]] = dict,
     facts: dict[str, int] | None = None,
+    best: BestWeights | None = None,
+    base: Path | None = None,
 ) -> None:
     """Train from the newest step checkpoint, if there is one, and write the result.
 
@@ -133,9 +137,13 @@ def run(
         tokenizer: saved beside the weights.
         read_metrics: gives the last step's metrics beyond the trainer's own.
         facts: counts logged once, as step 0.
+        best: says which weights are the result; None: the last.
+        base: the checkpoint that the trainer's model adapts; the result is an adapter then.
     """
     for callback in (CompletionMark(), MetricsCallback(job.metrics, read_metrics)):
         trainer.add_callback(callback)
+    if best:
+        trainer.add_callback(best)
     trainer.remove_callback(PrinterCallback)
     newest = newest_complete(job.out / STEPS)
     if newest is None:
@@ -146,15 +154,16 @@ def run(
         job.metrics.rewind(step_of(newest))
     with known_warnings():
         trainer.train(resume_from_checkpoint=str(newest) if newest else None)
-    save_checkpoint(model_of(trainer), tokenizer, job.out / RESULT)
+    if best:
+        logger.info("the lowest validation loss was after step %d", best.restore())
+    model: Any = trainer.accelerator.unwrap_model(trainer.model)
+    if base:
+        save_adapter(model, tokenizer, job.out / RESULT, base=base)
+    else:
+        save_checkpoint(model, tokenizer, job.out / RESULT)
     shutil.rmtree(job.out / STEPS, ignore_errors=True)
-
-
-def model_of(trainer: Trainer) -> PreTrainedModel:
-    """The model that is trained, without what accelerate put around it."""
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    assert isinstance(model, PreTrainedModel)
-    return model
+    if best:
+        best.close()
 
 
 def step_of(checkpoint: Path) -> int:
@@ -178,9 +187,11 @@ class CompletionMark(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """The result itself is about to be written: a step checkpoint would serve nobody."""
+        """The result itself is about to be written: a step checkpoint would serve nobody; but the
+        last weights may be the best."""
         if state.global_step >= state.max_steps:
             control.should_save = False
+            control.should_evaluate = args.eval_strategy != IntervalStrategy.NO
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any

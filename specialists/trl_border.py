@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -42,6 +43,9 @@ class Ours:
         refuses V4's layer types, and it takes missing weights for a mere warning.
         """
         model = self.model if model is None else model
+        if isinstance(model, PeftModel):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)  # pyright: ignore
+            return
         tensors: dict[str, Tensor] = {}
         for file in sorted(Path(resume_from_checkpoint).glob("*.safetensors")):
             tensors |= load_file(file)

@@ -1,0 +1,151 @@
+"""What SFT's result is: the whole model or an adapter, the last weights or the best ones."""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import TrainerCallback
+
+from posttrain.adapters import find_base, is_adapter
+from posttrain.checkpoints import load_model, weights_hash
+from posttrain.config import OptimizerConfig
+from posttrain.domains import DomainSpec
+from posttrain.errors import CheckpointError, DataError
+from posttrain.job import Job
+from posttrain.metrics import Metrics
+from specialists import sft, training
+from specialists.config import LoraConfig, SftConfig, SftStage
+from specialists.lora import load_with_adapter
+from specialists.rows import TokenRow
+
+NewJob = Callable[..., Job]
+OPTIMIZER = OptimizerConfig(learning_rate=1e-3)
+
+
+def stage(domain: DomainSpec, **settings: Any) -> SftStage:
+    defaults = {"num_steps": 6, "rows_per_step": 4, "optimizer": OPTIMIZER}
+    return SftStage(domains=[domain], sft=SftConfig.model_validate({**defaults, **settings}))
+
+
+class GradientCopy(TrainerCallback):
+    """Keeps the gradient that the optimizer is about to take."""
+
+    def __init__(self) -> None:
+        self.gradient: dict[str, Tensor] = {}
+
+    def on_pre_optimizer_step(self, *_: Any, model: Any, **__: Any) -> None:
+        named = model.named_parameters()
+        self.gradient = {n: p.grad.clone() for n, p in named if p.grad is not None}
+
+
+def mean_loss(model: Any, rows: list[TokenRow]) -> Tensor:
+    """Cross entropy over all learned tokens, row by row and without padding."""
+    losses: list[Tensor] = []
+    for row in rows:
+        logits = model(input_ids=torch.tensor([row.tokens])).logits[0, :-1]
+        learned = torch.tensor(row.is_learned[1:])
+        target = torch.tensor(row.tokens[1:])[learned]
+        losses.append(F.cross_entropy(logits[learned], target, reduction="none"))
+    return torch.cat(losses).mean()
+
+
+LORA = LoraConfig(rank=2, alpha=4)
+
+
+def test_an_adapter_is_the_result_where_the_recipe_asks_for_one(
+    start: Path, words: DomainSpec, new_job: NewJob
+) -> None:
+    job = new_job("sft", {"start": start})
+    sft.work(stage(words, lora=LORA.model_copy(update={"experts": True}), num_steps=4), job)
+    place = job.out / "checkpoint"
+    assert is_adapter(place)
+    assert find_base(place) == (start / "checkpoint").resolve()
+    base, trained = load_model(start / "checkpoint").state_dict(), load_model(place).state_dict()
+    moved = {name for name, tensor in trained.items() if not torch.equal(tensor, base[name])}
+    assert any("experts" in name for name in moved)
+    assert any("kv_proj" in name for name in moved)
+    assert not any("embed" in name or "lm_head" in name or "norm" in name for name in moved)
+    again = new_job("again", {"start": job.out})  # goes on with the same adapter
+    sft.work(stage(words, lora=LORA.model_copy(update={"experts": True}), num_steps=1), again)
+    assert find_base(again.out / "checkpoint") == (start / "checkpoint").resolve()
+    with pytest.raises(CheckpointError, match="is an adapter of rank 2"):
+        sft.work(stage(words, lora=LoraConfig(rank=3)), new_job("other", {"start": job.out}))
+
+
+def test_the_adapter_learns_what_the_formula_says(
+    start: Path, tokenizer: Any, words: DomainSpec, new_job: NewJob
+) -> None:
+    """One step of plain gradient descent on the factors, against PEFT's own forward."""
+    job = new_job("sft", {"start": start})
+    settings: dict[str, Any] = {"num_steps": 1, "rows_per_step": 6, "lora": LORA}
+    settings["optimizer"] = OPTIMIZER.model_copy(update={"max_grad_norm": 1e9})
+    config = stage(words, **settings)
+    rows = sft.demonstrations(words, tokenizer, config.sft, job)
+    model, _ = load_with_adapter(start / "checkpoint", LORA)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.data.normal_(std=0.1)
+    twin = copy.deepcopy(model)
+    data = sft.in_order([rows], config.sft, seed=0, weights=None)
+    trainer: Any = sft.build_trainer(model, tokenizer, data, config.sft, job)
+    trainer.add_callback(found := GradientCopy())
+    training.run(trainer, job, tokenizer, base=start / "checkpoint")
+    order = {tuple(row.tokens): row for row in rows}
+    mean_loss(twin, [order[tuple(ids)] for ids in data["input_ids"]]).backward()
+    wanted = {n: p.grad for n, p in twin.named_parameters() if p.requires_grad}
+    assert all("lora_" in name for name in wanted)
+    torch.testing.assert_close(found.gradient, wanted, rtol=1e-3, atol=1e-6)
+
+
+def test_a_prompt_is_on_one_side_whatever_other_rows_there_are(
+    tokenizer: Any, words: DomainSpec, new_job: NewJob
+) -> None:
+    rows = sft.demonstrations(words, tokenizer, stage(words).sft, new_job("sft"))
+    learned, kept = sft.split_validation({"words": rows}, 0.3)
+    assert 0.1 < len(kept) / len(rows) < 0.5
+    assert not {row.id for row in kept} & {row.id for row in learned["words"]}
+    fewer, some = sft.split_validation({"words": rows[::2]}, 0.3)
+    assert {row.id for row in some} <= {row.id for row in kept}
+    assert {row.id for row in fewer["words"]} <= {row.id for row in learned["words"]}
+    assert sft.split_validation({"words": rows}, 0.0) == ({"words": rows}, [])
+    with pytest.raises(DataError, match=r"validation_share 1e-09 keeps 0 of"):
+        sft.split_validation({"words": rows}, 1e-9)
+
+
+@pytest.mark.parametrize("lora", [None, LORA])
+def test_the_result_is_the_weights_at_the_lowest_validation_loss_killed_or_not(
+    start: Path,
+    tokenizer: Any,
+    words: DomainSpec,
+    new_job: NewJob,
+    cut_after: Callable[[Path, int], Metrics],
+    lora: LoraConfig | None,
+) -> None:
+    config = stage(
+        words, num_steps=9, rows_per_step=4, num_demonstrations=8, validation_share=0.3,
+        validate_every=2, checkpoint_every=3, lora=lora,
+        optimizer=OptimizerConfig(learning_rate=3e-2),
+    )  # fmt: skip
+    job, killed = new_job("straight", {"start": start}), new_job("killed", {"start": start})
+    sft.work(config, job)
+    records = job.metrics.records()
+    losses = {r["step"]: r["validation_loss"] for r in records if "validation_loss" in r}
+    assert list(losses) == [2, 4, 6, 8, 9]
+    best = min(losses, key=losses.__getitem__)
+    assert best < 9, "this learning rate should overfit eight rows"
+    model: Any = load_model(job.out / "checkpoint")
+    rows = sft.demonstrations(words, tokenizer, config.sft, job)
+    _, kept = sft.split_validation({"words": rows}, 0.3)
+    assert mean_loss(model, kept).item() == pytest.approx(losses[best], rel=1e-4)
+    with pytest.raises(KeyboardInterrupt):
+        sft.work(config, new_job("killed", {"start": start}, metrics=cut_after(killed.out, 7)))
+    sft.work(config, new_job("killed", {"start": start}))
+    assert weights_hash(killed.out / "checkpoint") == weights_hash(job.out / "checkpoint")
+    assert not (job.out / "best").exists()
