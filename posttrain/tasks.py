@@ -17,9 +17,11 @@ from posttrain.chat import (
 from posttrain.config import Effort
 from posttrain.domains import (
     DomainSpec,
+    Overlap,
     Row,
     Toolbox,
     load_rows,
+    overlaps,
     refuse_names_of_tool_arguments,
     split,
 )
@@ -89,10 +91,24 @@ class Task:
         self.train, self.heldout = split(
             rows, spec.heldout_share, untrained_share=spec.untrained_share
         )
+        self.contaminated = self._contaminated(seed)
+        left_out = {overlap.row.id for overlap in self.contaminated}
+        self.train = [row for row in self.train if row.id not in left_out]
         self._rows = {row.id: row for row in (*self.train, *self.heldout)}
         if self._tools:
             refuse_names_of_tool_arguments(rows)
         self._grader: Grader | None = None
+
+    def _contaminated(self, seed: int) -> list[Overlap]:
+        """Rows to train on that are too near to a test's."""
+        config = self.spec.decontaminate
+        if config is None:
+            return []
+        tests = {"held out": self.heldout} | {
+            name: load_rows(data, folder=self._folder, seed=seed)
+            for name, data in config.against.items()
+        }
+        return overlaps(self.train, tests, num_words=config.num_words, above=config.max_overlap)
 
     def messages(self, row: Row) -> list[Message]:
         """The row's prompt with the domain's system prompt in front."""

@@ -54,6 +54,11 @@ def work(config: GrpoStage, job: Job) -> None:
         )
         trainer = build_trainer(model, tokenizer, sampler, config, job)
         counts = {f"prompts/{task.name}": len(task.train) for task in tasks}
+        counts |= {
+            f"contaminated/{task.name}": len(task.contaminated)
+            for task in tasks
+            if task.spec.decontaminate
+        }
         training.run(trainer, job, tokenizer, read_metrics=sampler.read_metrics, facts=counts)
 
 

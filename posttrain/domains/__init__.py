@@ -3,6 +3,7 @@
 from posttrain.domains.config import DataConfig, DomainSpec, ToolConfig
 from posttrain.domains.fingerprint import fingerprint
 from posttrain.domains.objects import import_object
+from posttrain.domains.overlap import Overlap, overlaps
 from posttrain.domains.rows import (
     Row,
     is_heldout,
@@ -16,6 +17,7 @@ from posttrain.domains.tools import Toolbox
 __all__ = [
     "DataConfig",
     "DomainSpec",
+    "Overlap",
     "Row",
     "ToolConfig",
     "Toolbox",
@@ -23,6 +25,7 @@ __all__ = [
     "import_object",
     "is_heldout",
     "load_rows",
+    "overlaps",
     "refuse_names_of_tool_arguments",
     "row_of",
     "split",

@@ -6,11 +6,12 @@ from pydantic import Field, field_validator, model_validator
 
 from posttrain.config import Config, Effort
 
-SOURCES = ("jsonl", "hub", "reasoning_gym", "python")
+SOURCES = ("jsonl", "parquet", "hub", "reasoning_gym", "python")
 
 
 class DataConfig(Config):
-    """Where rows come from: exactly one of `jsonl`, `hub`, `reasoning_gym` and `python`.
+    """Where rows come from: exactly one of `jsonl`, `parquet`, `hub`, `reasoning_gym`
+    and `python`.
 
     A row is `{"prompt": text}` or `{"messages": [...]}`, and may have a `response` (text, reasoning
     in `<think>...</think>` in front) or a `demonstration` (assistant and tool messages). Its other
@@ -19,6 +20,8 @@ class DataConfig(Config):
 
     jsonl: str | None = None
     """A file with one JSON object a line; relative to the recipe."""
+    parquet: str | None = None
+    """A Parquet file; relative to the recipe."""
     hub: str | None = None
     """A data set's id on the Hugging Face hub."""
     subset: str | None = None
@@ -89,6 +92,17 @@ class ToolConfig(Config):
     """Seconds for one call; the answer to one that takes longer is an error."""
 
 
+class DecontaminateConfig(Config):
+    """Which prompts are too near to a test's to be trained on."""
+
+    num_words: int = Field(default=8, ge=1)
+    """Prompts are compared by their runs of so many words; a shorter one is one run."""
+    max_overlap: float = Field(default=0.5, ge=0, lt=1)
+    """The share of runs, of the one of two prompts that has fewer, that they may have in common."""
+    against: dict[str, DataConfig] = {}
+    """Tests besides the domain's own held-out prompts, by name."""
+
+
 class DomainSpec(Config):
     """What every stage that samples from a domain, scores it or learns from it needs."""
 
@@ -109,6 +123,9 @@ class DomainSpec(Config):
     exclude_share: float | None = Field(default=None, gt=0, lt=1)
     """Prompts up to this share of the hash's range are kept out of training, because another domain
     may hold them out; null: those up to heldout_share."""
+    decontaminate: DecontaminateConfig | None = None
+    """Leave prompts out of training that say nearly what a test's say, and count them; null: only
+    those that say the same."""
     max_new_tokens: int = Field(default=64, ge=1)
     """Bounds a whole answer in tokens, the tools' results and further turns included."""
     reward_options: dict[str, Any] = {}

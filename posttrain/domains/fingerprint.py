@@ -22,8 +22,8 @@ def fingerprint(data: DataConfig, folder: Path) -> str:
         DataError: if the file is not there.
     """
     total = hashlib.sha256(data.model_dump_json().encode())
-    if data.jsonl is not None:
-        path = folder / data.jsonl
+    if file_name := data.jsonl or data.parquet:
+        path = folder / file_name
         if not path.is_file():
             raise DataError(f"{path}: there is no such file; paths are relative to the recipe")
         with path.open("rb") as file:

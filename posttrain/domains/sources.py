@@ -1,4 +1,4 @@
-"""Rows from a JSONL file, the Hugging Face hub, reasoning-gym or a function of the user's."""
+"""Rows from a file, the Hugging Face hub, reasoning-gym or a function of the user's."""
 
 import difflib
 import inspect
@@ -26,6 +26,8 @@ def load_rows(data: DataConfig, *, folder: Path, seed: int) -> list[Row]:
     """
     if data.jsonl is not None:
         raw, where = _jsonl(folder / data.jsonl), str(folder / data.jsonl)
+    elif data.parquet is not None:
+        raw, where = _parquet(folder / data.parquet), str(folder / data.parquet)
     elif data.hub is not None:
         raw, where = _hub(data), f"data set {data.hub!r}"
     elif data.reasoning_gym is not None:
@@ -70,13 +72,32 @@ def _converted(raw: Iterable[Placed], function: str, folder: Path) -> Iterator[P
             yield place, made
 
 
-def _jsonl(path: Path) -> Iterator[Placed]:
+def _check_file(path: Path, *, kind: str) -> None:
     if path.is_dir():
-        raise DataError(f"{path}: this is a folder: name a file with one JSON object a line")
+        raise DataError(f"{path}: this is a folder: name a {kind} file")
     if not path.is_file():
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*")], n=1)
         hint = f"did you mean {near[0]}?" if near else "paths are relative to the recipe"
         raise DataError(f"{path}: there is no such file; {hint}")
+
+
+def _parquet(path: Path) -> Iterator[Placed]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    _check_file(path, kind="Parquet")
+    try:
+        number = 0
+        for batch in cast("Any", pq.ParquetFile(path)).iter_batches():
+            for row in batch.to_pylist():
+                yield f"{path}, row {number}", {k: v for k, v in row.items() if v is not None}
+                number += 1
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path} is no whole Parquet file ({error}): save it again") from None
+
+
+def _jsonl(path: Path) -> Iterator[Placed]:
+    _check_file(path, kind="JSONL")
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():

@@ -170,12 +170,12 @@ def check_own_rewards(file: RecipeFile) -> None:
 
 def check_source(data: DataConfig, folder: Path, *, heldout_share: float) -> None:
     """A mixture's source is there; a JSONL file is read whole, and has something to learn."""
-    if data.jsonl:
+    if file_name := data.jsonl or data.parquet:
         rows = load_rows(data, folder=folder, seed=0)
         answered = [row for row in rows if row.response]
         if all(is_heldout(row.messages, heldout_share) for row in answered):
             raise DataError(
-                f"{folder / data.jsonl}: of its {len(rows)} rows {len(answered)} have a response "
+                f"{folder / file_name}: of its {len(rows)} rows {len(answered)} have a response "
                 f"or a demonstration, and no such row is left besides those that may be held out "
                 f"(heldout_share {heldout_share:g}): give more of them"
             )

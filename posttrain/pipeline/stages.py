@@ -149,6 +149,12 @@ class _Builder:
     ) -> str:
         specs = domains or []
         marks = {f"data/{spec.name}": self._fingerprint(spec.data) for spec in specs}
+        marks |= {
+            f"against/{spec.name}/{test}": self._fingerprint(data)
+            for spec in specs
+            if spec.decontaminate
+            for test, data in spec.decontaminate.against.items()
+        }
         threads = self.recipe.cluster.num_threads
         self.stages.append(
             Stage(
