@@ -83,7 +83,7 @@ def build_trainer(
         trainer = OurGRPOTrainer(
             model,
             reward_funcs=handed_on,
-            args=_arguments(config, job),
+            args=arguments(config, job),
             train_dataset=Dataset.from_dict({"prompt": visits}),
             processing_class=tokenizer,
             optimizers=training.optimizer_for(model, grpo.optimizer, num_steps=grpo.num_steps),
@@ -95,7 +95,8 @@ def build_trainer(
     return trainer
 
 
-def _arguments(config: GrpoStage, job: Job) -> GRPOConfig:
+def arguments(config: GrpoStage, job: Job) -> GRPOConfig:
+    """TRL's, for a stage's settings."""
     grpo = config.grpo
     shared = training.shared_arguments(
         job,

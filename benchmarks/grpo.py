@@ -1,0 +1,261 @@
+"""GRPO beside TRL's own: `python benchmarks/grpo.py RUN --domain mathematics`.
+
+RUN is a finished run's folder, and the start its SFT checkpoint of the domain. Both train it with
+the recipe's GRPO settings on the same prompts in the same order, the same grader, optimizer and
+loss; TRL by `GRPOTrainer` with its own generation on our class, posttrain as its GRPO stage does.
+Each in a process of its own, fp32, one thread; times are processor time, and a rollout's is that of
+sampling alone. Afterwards both are scored on the domain's held-out prompts, four samples each at
+T = 1.
+
+TRL samples anew with every seed; so the scores are one run's each, and intervals are over prompts.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import closing
+from itertools import pairwise
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+import yaml
+from measured import Json, forget_peak, machine, memory_mib, place, write
+from transformers import TrainerCallback
+
+from posttrain.checkpoints import load_model, load_tokenizer
+from posttrain.domains import DomainSpec
+from posttrain.intervals import mean_interval
+from posttrain.job import Job
+from posttrain.metrics import Metrics
+from posttrain.pipeline.recipe import Recipe
+from posttrain.rollout.engine import Engine
+from posttrain.rollout.types import Rollout
+from posttrain.tasks import Task, heldout_rows
+from specialists import grpo, training
+from specialists.config import GrpoStage
+
+PEERS = ("posttrain", "TRL on ours")
+NUM_SAMPLES = 4
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", type=Path, help="a finished run's folder")
+    parser.add_argument("--domain", default="mathematics")
+    parser.add_argument("--page", type=Path, default=Path("docs/grpo-speed.md"))
+    parser.add_argument("--steps", type=int, help="steps of each; the recipe's by default")
+    parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    if arguments.worker:
+        peer, out = arguments.worker
+        found = measure(peer, Path(out), arguments.run, arguments.domain, arguments.steps)
+        sys.stdout.write("\n" + json.dumps(found) + "\n")
+        return
+    data: Json = {**machine("torch", "transformers", "trl"), "domain": arguments.domain, "rows": []}
+    for peer in PEERS:
+        sys.stderr.write(f"{peer} ...\n")
+        with tempfile.TemporaryDirectory() as out:
+            done = subprocess.run(
+                [sys.executable, *sys.argv, "--worker", peer, out],
+                stdout=subprocess.PIPE,
+                env={**os.environ, "OMP_NUM_THREADS": "1", "CI": "1"},
+                text=True,
+                check=True,
+            )
+        data["rows"].append(json.loads(done.stdout.splitlines()[-1]))
+        write(arguments.page, data, page)
+
+
+def measure(peer: str, out: Path, run: Path, domain: str, num_steps: int | None) -> Json:
+    """A row of the table."""
+    config, start = stage_of(run, domain, num_steps)
+    (spec,) = config.domains
+    tokenizer: Any = load_tokenizer(start)
+    model: Any = load_model(start)
+    metrics = Metrics(out / "metrics.jsonl", stage="grpo")
+    job = Job(out, {"start": start.parent}, run, seed=0, num_threads=1, metrics=metrics)
+    clock = Clock()
+    with closing(Task(spec, tokenizer, folder=run, seed=0)) as task:
+        visits = grpo.prompt_order([task], config.grpo, seed=0)
+        if peer == PEERS[0]:
+            trainer: Any = ours(model, tokenizer, task, visits, config, job, clock)
+        else:
+            trainer = trls(model, tokenizer, task, visits, config, job, clock)
+        trainer.add_callback(clock)
+        base = memory_mib("VmRSS")
+        forget_peak()
+        with training.known_warnings():
+            trainer.train()
+        peak = memory_mib("VmHWM") - base
+        score = scored(model, task, spec)
+    seconds = [after - before for before, after in pairwise(clock.ends)]
+    return {
+        "peer": peer,
+        "steps": len(seconds) + 1,
+        "rows": config.grpo.rows_per_step,
+        "step_s": fmean(seconds),
+        "rollout_s": fmean(clock.sampling[1:]),
+        "tokens": sum(clock.tokens),
+        "tokens_per_s": sum(clock.tokens[1:]) / sum(clock.sampling[1:]),
+        "peak_mib": peak,
+        "rewards": clock.rewards,
+        "score": score,
+    }
+
+
+def stage_of(run: Path, domain: str, num_steps: int | None) -> tuple[GrpoStage, Path]:
+    """The recipe's GRPO of a domain, and the SFT checkpoint that it starts from."""
+    recipe = Recipe.model_validate(yaml.safe_load((run / "recipe.yaml").read_text("utf-8")))
+    found = recipe.specialists()[domain]
+    if found.grpo is None:
+        sys.exit(f"{run}'s recipe has no grpo for {domain}")
+    settings = found.grpo
+    if num_steps:
+        settings = settings.model_copy(update={"num_steps": num_steps})
+    (start,) = (run / "stages").glob(f"sft.{domain}-*")
+    return GrpoStage(domains=[found.spec], grpo=settings), start / "checkpoint"
+
+
+class Clock(TrainerCallback):
+    """Processor time at the end of each step, and of each step's sampling."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+        self.sampling: list[float] = []
+        self.tokens: list[int] = []
+        self.rewards: list[float] = []
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.ends.append(time.process_time())
+
+
+def ours(
+    model: Any, tokenizer: Any, task: Task, visits: Any, config: GrpoStage, job: Job, clock: Clock
+) -> Any:
+    class Timed(grpo.GroupSampler):
+        def sample(self, visits: Any, attempt: int = 0) -> list[list[Rollout]]:
+            start = time.process_time()
+            found = super().sample(visits, attempt)
+            clock.sampling.append(time.process_time() - start)
+            clock.tokens.append(sum(sum(r.is_own) for group in found for r in group))
+            return found
+
+        def score(self, visits: Any, groups: Any) -> Any:
+            found = super().score(visits, groups)
+            clock.rewards.append(fmean(score.reward for group in found for score in group))
+            return found
+
+    engine = Engine(model, num_slots=config.grpo.num_slots, seed=0)
+    sampler = Timed(engine, [task], visits, config=config.grpo, seed=0)
+    return grpo.build_trainer(model, tokenizer, sampler, config, job)
+
+
+def trls(
+    model: Any, tokenizer: Any, task: Task, visits: Any, config: GrpoStage, job: Job, clock: Clock
+) -> Any:
+    from datasets import Dataset
+    from trl.trainer.grpo_trainer import GRPOTrainer
+
+    rows = [row for _, row in visits]
+    prompts = [request.prompt for row in rows for request in task.requests([row])]
+    texts = [tokenizer.decode(ids) for ids in prompts]
+    again = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    if again != prompts:
+        sys.exit("TRL's text of the prompts does not give the same tokens")
+
+    def reward(completion_ids: list[list[int]], number: list[int], **_: Any) -> list[float]:
+        rollouts = [
+            Rollout(
+                rows[i].id, task.name, 0, prompts[i], ids, [True] * len(ids), [0.0] * len(ids),
+                finish_reason="stop" if ids[-1] == tokenizer.eos_token_id else "length",
+            )
+            for i, ids in zip(number, completion_ids, strict=True)
+        ]  # fmt: skip
+        found = [score.reward for score in task.score(rollouts)]
+        clock.rewards.append(fmean(found))
+        return found
+
+    class Timed(GRPOTrainer):
+        def _generate_single_turn(self, *given: Any, **options: Any) -> Any:
+            start = time.process_time()
+            found = super()._generate_single_turn(*given, **options)
+            clock.sampling.append(time.process_time() - start)
+            clock.tokens.append(sum(map(len, found[0])))
+            return found
+
+        def _tokenize_prompts(self, prompts: list[Any]) -> Any:
+            return tokenizer(prompts, add_special_tokens=False)["input_ids"], None, {}
+
+    settings = config.grpo
+    return Timed(
+        model,
+        reward_funcs=reward,  # pyright: ignore[reportArgumentType]
+        args=grpo.arguments(config, job),
+        train_dataset=Dataset.from_dict({"prompt": texts, "number": list(range(len(texts)))}),
+        processing_class=tokenizer,
+        optimizers=training.optimizer_for(model, settings.optimizer, num_steps=settings.num_steps),
+    )
+
+
+def scored(model: Any, task: Task, spec: DomainSpec) -> list[float]:
+    """Mean, low and high over the held-out prompts."""
+    model.eval()
+    requests = task.requests(heldout_rows(task, None), num_samples=NUM_SAMPLES)
+    with torch.no_grad():
+        found = list(Engine(model, num_slots=64, seed=1).run(requests))
+    by_prompt: dict[str, list[float]] = {}
+    for rollout, score in zip(found, task.score(found), strict=True):
+        by_prompt.setdefault(rollout.prompt_id, []).append(score.reward)
+    means = [fmean(by_prompt[prompt]) for prompt in sorted(by_prompt)]
+    interval = mean_interval(means, num_resamples=2000, seed=0)
+    return [fmean(means), interval.low, interval.high]
+
+
+def page(data: Json) -> str:
+    """docs/grpo-speed.md."""
+    lines = [
+        "# GRPO beside TRL's own",
+        "",
+        f"Written by `benchmarks/grpo.py`; {place(data)}.",
+        f"The {data['domain']} specialist's GRPO, from its SFT checkpoint: same prompts, grader,",
+        "optimizer and loss. Seconds are processor time a step, the first left out; TRL is",
+        "`GRPOTrainer` with its own generation, on our class. Memory is the peak above what the",
+        "process held before the first step; the score is of held-out prompts, with its 95%",
+        "interval.",
+        "",
+        "| | steps | own tokens | s a step | sampling | sampled tokens/s | peak MiB | score |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in data["rows"]:
+        mean, low, high = row["score"]
+        lines.append(
+            f"| {row['peer']} | {row['steps']} x {row['rows']} rows | {row['tokens']:,} | "
+            f"{row['step_s']:.2f} | {row['rollout_s']:.2f} | {row['tokens_per_s']:,.0f} | "
+            f"{row['peak_mib']:,.0f} | {mean:.3f} [{low:.3f}, {high:.3f}] |"
+        )
+    if len(data["rows"]) == len(PEERS):
+        first, peer = data["rows"]
+        lines += [
+            "",
+            f"Sampling is {peer['rollout_s'] / first['rollout_s']:.2f} times as fast as TRL's, the "
+            f"step {peer['step_s'] / first['step_s']:.2f} times.",
+            "",
+            "Mean reward, in tenths of the training:",
+            "",
+        ]
+        for row in data["rows"]:
+            size = max(1, len(row["rewards"]) // 10)
+            parts = [row["rewards"][i : i + size] for i in range(0, len(row["rewards"]), size)]
+            lines.append(f"- {row['peer']}: {', '.join(f'{fmean(part):.2f}' for part in parts)}")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
