@@ -112,6 +112,15 @@ class LengthPenalty(Config):
     """No answer costs more."""
 
 
+class CurriculumConfig(Config):
+    """Visit prompts again whose answers were neither all right nor all wrong."""
+
+    fresh_share: float = Field(default=0.5, ge=0, le=1)
+    """The share of visits, at least, that go to prompts that were not visited yet, as long as there
+    are any. The others go to those whose group had different rewards when they were last
+    visited."""
+
+
 class GrpoConfig(Config):
     """Reinforcement on a domain's reward: advantage = reward - the mean of the prompt's group."""
 
@@ -151,6 +160,8 @@ class GrpoConfig(Config):
     length_penalty: LengthPenalty | None = None
     """Taken from the reward that trains, not from the one that is logged and evaluated; null: none.
     Groups have one prompt and one effort, so rewards are centred within both."""
+    curriculum: CurriculumConfig | None = None
+    """Which prompts are visited; null: all in turn."""
     refill_rounds: int = Field(default=0, ge=0)
     """How often a group whose answers all earn the same, which teach nothing, makes room for one of
     another prompt; 0: never."""

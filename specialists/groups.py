@@ -18,6 +18,7 @@ from posttrain.tasks import Task
 from rewards.score import Score
 from specialists.choices import fields_of
 from specialists.config import GrpoConfig
+from specialists.curriculum import Curriculum
 from specialists.effort import length_penalty
 
 FIELD = "score"
@@ -62,11 +63,14 @@ class GroupSampler:
         *,
         config: GrpoConfig,
         seed: int,
+        curriculum: Curriculum | None = None,
     ) -> None:
-        """`visits` are (index of the task, row); `seed` decides which prompts take the place of
-        those whose group has no spread."""
+        """`visits` are (index of the task, row), unless `curriculum` chooses another row; `seed`
+        decides which prompts take the place of those whose group has no spread."""
         self.engine, self.tasks, self.visits = engine, tasks, visits
         self.config, self.size, self._seed = config, config.samples_per_prompt, seed
+        self._curriculum = curriculum
+        self._chosen: dict[int, Row] = {}
         self._metrics: dict[str, float] = {}
         self._scoring_s = 0.0
 
@@ -76,7 +80,9 @@ class GroupSampler:
         start, self._scoring_s = time.perf_counter(), 0.0
         visits = [int(prompt) for prompt in prompts[:: self.size]]
         graders, tools = self._num_grader_failures(), self._num_tool_failures()
+        self._choose(visits)
         first = self.answered(visits)
+        self._record(first)
         groups, num_tokens, num_refills = self._refilled(first)
         found = [groups[visit] for visit in visits]
         self._metrics = {
@@ -93,6 +99,23 @@ class GroupSampler:
             [rollout for group in found for rollout in group.rollouts],
             [reward for group in found for reward in group.rewards],
         )
+
+    def _choose(self, visits: Sequence[int]) -> None:
+        """Decide the visits' rows by what was measured before this sampling."""
+        if self._curriculum is None:
+            return
+        self._curriculum.begin(self.engine.version)
+        self._chosen = {
+            visit: self._curriculum.choose(visit, *self.visits[visit], self._task(visit).train)
+            for visit in visits
+        }
+
+    def _record(self, groups: dict[int, Group]) -> None:
+        if self._curriculum is None:
+            return
+        for visit, group in groups.items():
+            task, row = self.visits[visit][0], self._row(visit, 0)
+            self._curriculum.record(self.engine.version, task, row, has_spread=group.spread > 0)
 
     def read_metrics(self) -> dict[str, float]:
         """Those of the last sampling, once."""
@@ -178,7 +201,7 @@ class GroupSampler:
 
     def _row(self, visit: int, attempt: int) -> Row:
         if attempt == 0:
-            return self.visits[visit][1]
+            return self._chosen.get(visit, self.visits[visit][1])
         return Random(f"{self._seed}/{visit}/{attempt}").choice(self._task(visit).train)
 
     def _summary(self, groups: Sequence[Group]) -> dict[str, float]:

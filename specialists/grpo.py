@@ -23,6 +23,7 @@ from posttrain.rollout.engine import Engine
 from posttrain.tasks import Task
 from specialists import training
 from specialists.config import GrpoConfig, GrpoStage
+from specialists.curriculum import Curriculum
 from specialists.groups import GroupSampler, handed_on
 from specialists.reference import ReferenceRefresh
 from specialists.rows import draw
@@ -51,6 +52,8 @@ def work(config: GrpoStage, job: Job) -> None:
             prompt_order(tasks, grpo, seed=job.seed),
             config=grpo,
             seed=job.seed,
+            curriculum=grpo.curriculum
+            and Curriculum(job.out / "visits.jsonl", grpo.curriculum, seed=job.seed),
         )
         trainer = build_trainer(model, tokenizer, sampler, config, job)
         counts = {f"prompts/{task.name}": len(task.train) for task in tasks}

@@ -390,6 +390,7 @@ def trained(job: Job) -> list[dict[str, Any]]:
     [
         {"kl_weight": 0.05, "reference_every": 1},
         {"steps_per_sampling": 2, "refill_rounds": 1, "top_k": 9, "keep_routing": True},
+        {"curriculum": {"fresh_share": 0.3}},
     ],
 )
 def test_a_run_that_was_killed_goes_on_to_the_same_bits(
