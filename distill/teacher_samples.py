@@ -13,7 +13,6 @@ import hashlib
 import json
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,8 +27,8 @@ from distill.schedule import Visit, row_order
 from posttrain.checkpoints import load_model
 from posttrain.job import Job
 from posttrain.rollout.engine import Engine
-from posttrain.rollout.journal import Journal
 from posttrain.rollout.types import Request, Rollout
+from posttrain.rollout.worker import run_written
 from posttrain.tasks import Task
 
 Mixture = str | Mapping[str, float]
@@ -94,6 +93,5 @@ class TeacherSamples:
             model: Any = load_model(teacher_folder(name, self._job))
         model.to(own_device())
         seed = random.Random(f"{self._job.seed}/{name}").getrandbits(32)  # the student has its own
-        with closing(Journal(journal)) as written:
-            engine = Engine(model, num_slots=self._config.num_slots, seed=seed, journal=written)
-            yield from engine.run(requests)
+        engine = Engine(model, num_slots=self._config.num_slots, seed=seed)
+        yield from run_written(engine, requests, journal)
