@@ -27,6 +27,7 @@ from posttrain.domains import (
 )
 from posttrain.errors import DataError, RewardError
 from posttrain.rollout.types import Request, Rollout
+from rewards.environments import replay, tools_of
 from rewards.grader import GradeItem, Grader
 from rewards.score import RewardError as BadReward
 from rewards.score import Score
@@ -55,6 +56,33 @@ class ToolTurns:
             self.tools.run(call.name, call.arguments, self.fields) for call in turn.tool_calls
         ]
         return encode_tool_results(self.tokenizer, results, effort=self.effort)
+
+
+@dataclass(frozen=True)
+class WorldTurns:
+    """Request.continue_turn of a row with an environment: the own tokens of all turns -> the last
+    turn's results. All calls are made again on a fresh environment, so that a rollout that goes on
+    after a kill gets what it would have got."""
+
+    tokenizer: PreTrainedTokenizerBase
+    environment: Mapping[str, Any]
+    effort: Effort
+
+    def __call__(self, own: list[int]) -> list[int] | None:
+        turns = [parse_turn(self.tokenizer, ids, effort=self.effort) for ids in self._turns(own)]
+        num_calls = len(turns[-1].tool_calls)
+        if not num_calls:
+            return None
+        calls = [{"name": c.name, "arguments": c.arguments} for t in turns for c in t.tool_calls]
+        results = replay(self.environment, calls).results[-num_calls:]
+        return encode_tool_results(self.tokenizer, results, effort=self.effort)
+
+    def _turns(self, own: list[int]) -> list[list[int]]:
+        """Each turn's tokens, its end included."""
+        end = cast("int", self.tokenizer.eos_token_id)
+        ends = [i + 1 for i, token in enumerate(own) if token == end]
+        starts = [0, *ends]
+        return [own[a:b] for a, b in zip(starts, [*ends, len(own)], strict=True) if a < b]
 
 
 class Task:
@@ -87,6 +115,8 @@ class Task:
             for tool in spec.tools
             if tool.in_prompt
         ]
+        if spec.environment is not None:
+            self._prompt_tools = tools_of(spec.environment)
         rows = load_rows(spec.data, folder=folder, seed=seed)
         self.train, self.heldout = split(
             rows, spec.heldout_share, untrained_share=spec.untrained_share
@@ -133,7 +163,8 @@ class Task:
                 temperature=temperature,
                 stop_token_ids=(self._end,),
                 domain=self.name,
-                continue_turn=self._tool_turns(row) if self._tools else None,
+                continue_turn=self._continue_turn(row),
+                tells_all_turns=self.spec.environment is not None,
             )
             for row in rows
             for prompt in [self._prompt(row)]
@@ -148,8 +179,13 @@ class Task:
             effort=self.spec.effort,
         )
 
-    def _tool_turns(self, row: Row) -> ToolTurns:
-        return ToolTurns(self._tokenizer, self._tools, self.spec.effort, row.fields)
+    def _continue_turn(self, row: Row) -> ToolTurns | WorldTurns | None:
+        if self.spec.environment is not None:
+            world = {**self.spec.row_defaults, **row.fields}["environment"]
+            return WorldTurns(self._tokenizer, world, self.spec.effort)
+        if self._tools:
+            return ToolTurns(self._tokenizer, self._tools, self.spec.effort, row.fields)
+        return None
 
     def demonstrations(self, rows: Sequence[Row]) -> list[tuple[list[int], list[bool]]]:
         """Each row's prompt and demonstration as (ids, is_own).
@@ -198,7 +234,7 @@ class Task:
         row = self._rows[rollout.prompt_id]
         content = next((m["content"] for m in reversed(turns) if m["role"] == "assistant"), "")
         messages = [*self.messages(row), *turns]
-        fields = {**self.spec.reward_options, **row.fields, "messages": messages}
+        fields = {**self.spec.row_defaults, **row.fields, "messages": messages}
         return GradeItem(response=content, row=fields)
 
     def turns(self, rollout: Rollout) -> list[Message]:

@@ -1,6 +1,6 @@
 """What a recipe says about a domain and its data."""
 
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -112,6 +112,9 @@ class DomainSpec(Config):
     """Its rows."""
     reward: str | dict[str, float]
     """A name from `rewards`, `module:function` of yours, or several with weights."""
+    environment: Literal["calculator", "database", "files", "store"] | None = None
+    """A simulated world in place of `tools`; a row's `environment` says what it starts from, as
+    `{kind: store, start: {city: Oslo}}`. The `tools` reward sees where it ends."""
     tools: list[ToolConfig] = []
     """What the model may call."""
     effort: Effort = "none"
@@ -151,6 +154,18 @@ class DomainSpec(Config):
                 f"found {value!r}: name a reward, or several with weights other than 0"
             )
         return value
+
+    @model_validator(mode="after")
+    def an_environment_brings_its_own_tools(self) -> Self:
+        if self.environment is not None and self.tools:
+            raise ValueError(f"environment {self.environment} has tools of its own: remove tools")
+        return self
+
+    @property
+    def row_defaults(self) -> dict[str, Any]:
+        """What the reward is given for every row, beside and below the row's own fields."""
+        world = {} if self.environment is None else {"environment": {"kind": self.environment}}
+        return {**world, **self.reward_options}
 
     @property
     def untrained_share(self) -> float:

@@ -37,6 +37,9 @@ MAX_SHARED = 0.02
 """Of the wrong answers, how many may be right after all: two rows may ask for the same thing in
 other words."""
 
+NUM_TRIED = 20
+"""Rows behind one among which another answer is looked for."""
+
 NUM_EXAMPLES = 3
 """Problems of each kind that are told one by one."""
 
@@ -126,7 +129,7 @@ def _facts(
     pairs = [*given, *wrong]
     grader = Grader({reward: 1.0}, folder=file.folder, timeout_s=domain.reward_timeout_s)
     with grader:
-        scores = grader.score([_item(row, turns, domain.reward_options) for row, turns in pairs])
+        scores = grader.score([_item(row, turns, domain.row_defaults) for row, turns in pairs])
     facts.num_gold, facts.num_wrong = len(given), len(wrong)
     graded = list(zip(pairs, scores, strict=True))
     missed = [pair for pair in graded[: len(given)] if pair[1].reward != 1.0]
@@ -176,19 +179,21 @@ def _wrong(
             continue
         if reward not in SHARED:
             yield row, [{"role": "assistant", "content": FIXED[1]}]
-        others = (golds[(number + i) % len(rows)] for i in range(1, min(len(rows), 20)))
-        other = next((turns for turns in others if turns and _differs(turns, gold)), None)
-        if other is not None and not _same_answer(rows, number, golds, other):
+        other = _others_gold(rows, golds, number)
+        if other is not None:
             yield row, other
 
 
-def _same_answer(
-    rows: Sequence[Row], number: int, golds: Sequence[Turns | None], other: Turns
-) -> bool:
-    """Whether the other row asks for the same answer, in other words."""
-    place = next(i for i, turns in enumerate(golds) if turns is other)
-    mine, theirs = rows[number].fields, rows[place].fields
-    return mine == theirs or ("answer" in mine and mine["answer"] == theirs.get("answer"))
+def _others_gold(rows: Sequence[Row], golds: Sequence[Turns | None], number: int) -> Turns | None:
+    """The gold of the next row that asks for another answer; None if none of the next few does."""
+    mine, gold = rows[number].fields, golds[number]
+    for step in range(1, min(len(rows), NUM_TRIED)):
+        place = (number + step) % len(rows)
+        other, theirs = golds[place], rows[place].fields
+        is_same = mine == theirs or ("answer" in mine and mine["answer"] == theirs.get("answer"))
+        if other and gold and not is_same and _differs(other, gold):
+            return other
+    return None
 
 
 def _differs(turns: Turns, gold: Turns) -> bool:
@@ -199,8 +204,8 @@ def _content(turns: Turns) -> str:
     return str(turns[-1]["content"])
 
 
-def _item(row: Row, turns: Turns, options: Mapping[str, Any]) -> GradeItem:
-    fields = {**options, **row.fields, "messages": [*row.messages, *turns]}
+def _item(row: Row, turns: Turns, defaults: Mapping[str, Any]) -> GradeItem:
+    fields = {**defaults, **row.fields, "messages": [*row.messages, *turns]}
     return GradeItem(response=_content(turns), row=fields)
 
 

@@ -186,7 +186,7 @@ class Engine:
 
     def _ask(self, row: Row) -> None:
         """Let what is said to the row's turn be found out."""
-        ask, turn = row.request.continue_turn, row.response[row.turn :]
+        ask, turn = row.request.continue_turn, row.own_tokens
         assert ask is not None
         said = ask(turn) if self._pool is None else self._pool.submit(_resolved, ask, turn)
         if not isinstance(said, Future):

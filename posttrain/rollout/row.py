@@ -71,6 +71,13 @@ class Row:
     def tokens(self) -> list[int]:
         return [*self.request.prompt, *self.response]
 
+    @property
+    def own_tokens(self) -> list[int]:
+        """What is told of the turn that is over: its tokens, or those of all turns."""
+        if not self.request.tells_all_turns:
+            return self.response[self.turn :]
+        return [t for t, mine in zip(self.response, self.is_own, strict=True) if mine]
+
     def take(self, token: Token) -> None:
         """The row's next token, sampled; it is to be fed, unless the row ends with it."""
         self._append(token.token, token.logp, token.version, is_own=True)

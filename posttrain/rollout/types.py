@@ -37,6 +37,10 @@ class Request:
     model's own (a tool's result and the next assistant mark), or None: the response ends. A future
     of these lets the other rows go on while a slow tool works."""
 
+    tells_all_turns: bool = False
+    """`continue_turn` gets the own tokens of every turn so far, one behind the other, each turn
+    with its stop token: for tools whose answer depends on what was done before."""
+
     stop_strings: tuple[str, ...] = ()
     """A turn ends with the token that completes one of these in its text."""
 

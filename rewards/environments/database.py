@@ -16,6 +16,8 @@ from rewards.score import RewardError
 
 MAX_STEPS = 1_000_000
 """Instructions of SQLite's machine in one call: about a tenth of a second."""
+MAX_STEPS_IN_ALL = 5_000_000
+"""In all calls of one conversation, since they are made again for every turn."""
 STEPS_BETWEEN_CHECKS = 10_000
 MAX_ROWS = 100
 """Of an answer."""
@@ -53,6 +55,7 @@ class Database:
     def __init__(self, start: object) -> None:
         if start is not None and not isinstance(start, str):
             raise RewardError(f"a database starts from an SQL script, not from {start!r}")
+        self._checks_left = MAX_STEPS_IN_ALL // STEPS_BETWEEN_CHECKS
         self._connection = sqlite3.connect(":memory:", isolation_level=None)
         self._connection.execute(f"PRAGMA hard_heap_limit = {MAX_HEAP}")
         self._connection.execute("PRAGMA temp_store = MEMORY")  # sorting reaches no disk
@@ -78,6 +81,7 @@ class Database:
     def state(self) -> dict[str, Any]:
         """Every table's columns and rows, the rows in an order of their own."""
         try:
+            self._checks_left = MAX_STEPS // STEPS_BETWEEN_CHECKS
             _, tables = self._run("SELECT name FROM sqlite_schema WHERE type = 'table'")
             return {name: self._table(name) for (name,) in tables}
         except (sqlite3.Error, MemoryError) as error:  # too large to be read in MAX_STEPS
@@ -92,10 +96,11 @@ class Database:
     def _run(
         self, statement: str, *, max_rows: int = MAX_ROWS + 1
     ) -> tuple[list[str], list[tuple[Any, ...]]]:
-        left = [MAX_STEPS // STEPS_BETWEEN_CHECKS]
+        left = [min(MAX_STEPS // STEPS_BETWEEN_CHECKS, self._checks_left)]
 
         def is_over() -> bool:
             left[0] -= 1
+            self._checks_left -= 1
             return left[0] < 0
 
         self._connection.set_progress_handler(is_over, STEPS_BETWEEN_CHECKS)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import Future
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -379,3 +380,69 @@ def test_a_model_that_says_the_demonstration_scores_one(
         rollouts.append(rollout)
     assert {score.reward for score in task.score(rollouts)} == {1.0}
     task.close()
+
+
+WORLD_ROWS = [
+    {
+        "prompt": f"put {i}",
+        "environment": {"kind": "store", "start": {"n": "0"}},
+        "state": {"n": str(i)},
+    }
+    for i in range(1, 40)
+]
+
+
+def in_a_world(folder: Path) -> Task:
+    (folder / "worlds.jsonl").write_text("\n".join(map(json.dumps, WORLD_ROWS)))
+    data = DataConfig(jsonl="worlds.jsonl")
+    spec = spec_with(data=data, reward="tools", tools=[], environment="store", max_new_tokens=4000)
+    return Task(spec, TOKENIZER, folder=folder, seed=0)
+
+
+def test_a_worlds_tools_know_what_was_done_before_and_the_reward_sees_where_it_ends(
+    folder: Path,
+) -> None:
+    task = in_a_world(folder)
+    row = task.train[0]
+    wanted = row.fields["state"]["n"]
+    (request,) = task.requests([row])
+    assert request.tells_all_turns
+    assert '"name": "set"' in TOKENIZER.decode(request.prompt)
+    assert request.continue_turn is not None
+    turns = [call("get", key="n"), call("set", key="n", value=wanted), call("get", key="n")]
+    own: list[int] = []
+    told: list[str] = []
+    for turn in turns:
+        own += own_turn(turn)
+        said = request.continue_turn(own)
+        assert isinstance(said, list)
+        text = str(TOKENIZER.decode(said))
+        told.append(text.partition("<tool_result>")[2].partition("</tool_result>")[0])
+    assert told == ["0", "set", wanted]
+    assert request.continue_turn(own + own_turn({"role": "assistant", "content": "done"})) is None
+    with closing(task):
+        right = rollout_in(task, row, [turns[1], {"role": "assistant", "content": "done"}])
+        wrong = rollout_in(task, row, [turns[0], {"role": "assistant", "content": "done"}])
+        scores = task.score([right, wrong])
+    assert [score.reward for score in scores] == [1.0, 0.0], scores
+
+
+def rollout_in(task: Task, row: Row, turns: list[dict[str, Any]]) -> Rollout:
+    """As `rollout_of`, where the engine tells all turns."""
+    (request,) = task.requests([row])
+    response: list[int] = []
+    is_own: list[bool] = []
+    for turn in turns:
+        own = own_turn(turn)
+        response, is_own = response + own, is_own + [True] * len(own)
+        assert request.continue_turn is not None
+        said = request.continue_turn([t for t, m in zip(response, is_own, strict=True) if m])
+        assert not isinstance(said, Future)
+        if said is not None:
+            response, is_own = response + said, is_own + [False] * len(said)
+    return Rollout(row.id, task.name, 0, request.prompt, response, is_own, [0.0] * len(response))
+
+
+def test_a_world_and_tools_are_not_had_together() -> None:
+    with pytest.raises(ValueError, match="has tools of its own"):
+        spec_with(environment="store")

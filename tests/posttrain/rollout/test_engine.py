@@ -142,6 +142,27 @@ def test_what_a_tool_says_is_not_own_and_is_read_by_the_model(said: list[int]) -
             assert abs(float(logp[index, token]) - rollout.logp[index]) < 1e-4
 
 
+def test_all_turns_are_told_where_that_is_asked_for() -> None:
+    told: dict[bool, list[list[int]]] = {False: [], True: []}
+    for all_turns, turns in told.items():
+
+        def answer(own: list[int], turns: list[list[int]] = turns) -> list[int] | None:
+            turns.append(own)
+            return [7, 8] if len(turns) < 3 else None
+
+        ask = Request(
+            "t",
+            [3, 4],
+            max_new_tokens=200,
+            stop_token_ids=tuple(range(0, VOCAB, 3)),
+            continue_turn=answer,
+            tells_all_turns=all_turns,
+        )
+        list(Engine(make_model(), num_slots=2, seed=0).run([ask]))
+    first, second, third = told[False]
+    assert told[True] == [first, first + second, first + second + third]
+
+
 @pytest.mark.parametrize(("num_said", "length"), [(3, 5), (4, 1), (10, 1)])
 def test_a_tool_answer_that_leaves_no_room_for_an_own_token_ends_the_row_by_length(
     num_said: int, length: int
