@@ -33,14 +33,17 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from rewards.sandbox_server import HEADER
 from rewards.score import RewardError
+from rewards.wire import HEADER, write_frame
 
 Level = Literal["namespaces", "landlock", "limits"]
 LEVELS: tuple[Level, ...] = ("limits", "landlock", "namespaces")
 """From the weakest."""
 
+SERVER = "rewards.sandbox_server"
+
 START_S = 60.0
+STOP_S = 1.0
 GRACE_S = 10.0
 """How much longer than a run's own limit its answer is waited for, on a busy machine."""
 
@@ -138,7 +141,7 @@ class Sandbox:
 
     def _start(self) -> None:
         home = str(Path(__file__).resolve().parent.parent)
-        source = f"import sys; sys.path.append({home!r}); import rewards.sandbox_server as server"
+        source = f"import sys; sys.path.append({home!r}); import {SERVER} as server"
         # No site: what is installed is not the program's business. The order of sets is the same
         # in every run.
         command = [
@@ -192,10 +195,7 @@ class Sandbox:
         self._start()
 
     def _send(self, request: dict[str, Any]) -> None:
-        body = json.dumps(request).encode()
-        rest = memoryview(HEADER.pack(len(body)) + body)
-        while rest:
-            rest = rest[os.write(self._requests, rest) :]
+        write_frame(self._requests, json.dumps(request).encode())
 
     def _receive(self, timeout_s: float) -> dict[str, Any]:
         deadline = time.monotonic() + timeout_s
@@ -232,12 +232,15 @@ def _read_results(text: str) -> list[Result]:
 def _stop(process: subprocess.Popen[bytes], owner: int) -> None:
     if os.getpid() != owner:
         return  # a fork of the owner ends here; the process is not its own
-    process.kill()  # its children die with it, by the kernel or for want of requests
-    process.wait()
     for pipe in (process.stdin, process.stdout):
         if pipe is not None:
             with contextlib.suppress(OSError):
                 pipe.close()
+    try:
+        process.wait(timeout=STOP_S)  # for want of requests
+    except subprocess.TimeoutExpired:
+        process.kill()  # a run is going on; its processes die with it, by the kernel
+        process.wait()
 
 
 _SHARED: dict[tuple[int, Level], Sandbox] = {}

@@ -17,7 +17,6 @@ import os
 import resource
 import select
 import signal
-import struct
 import sys
 import threading
 import time
@@ -27,8 +26,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from rewards import confinement
-
-HEADER = struct.Struct(">Q")
+from rewards.wire import read_frame, write_frame
 
 PRELOADED = (
     *("array", "ast", "bisect", "calendar", "cmath", "collections", "copy", "dataclasses"),
@@ -180,34 +178,13 @@ def _lock(fence: Fence) -> None:
 
 
 def _serve(requests: int, replies: int, fence: Fence) -> None:
-    while (request := _receive(requests)) is not None:
-        _send(replies, _execute(request, fence))
-
-
-def _receive(requests: int) -> Json | None:
-    header = _read(requests, HEADER.size)
-    if header is None:
-        return None
-    body = _read(requests, HEADER.unpack(header)[0])
-    return None if body is None else json.loads(body)
-
-
-def _read(descriptor: int, size: int) -> bytes | None:
-    parts: list[bytes] = []
-    while size:
-        part = os.read(descriptor, min(size, 1 << 20))
-        if not part:
-            return None
-        parts.append(part)
-        size -= len(part)
-    return b"".join(parts)
+    with os.fdopen(requests, "rb") as given:
+        while (frame := read_frame(given)) is not None:
+            _send(replies, _execute(json.loads(frame), fence))
 
 
 def _send(replies: int, reply: Json) -> None:
-    body = json.dumps(reply).encode()
-    rest = memoryview(HEADER.pack(len(body)) + body)
-    while rest:
-        rest = rest[os.write(replies, rest) :]
+    write_frame(replies, json.dumps(reply).encode())
 
 
 def _execute(request: Json, fence: Fence) -> Json:
@@ -294,14 +271,16 @@ def _begin(request: Json, fence: Fence, printed: int, told: int) -> None:
         fence = Fence(fence.level, rules=os.dup2(fence.rules, len(ends)))
     os.closerange(len(ends) + (fence.rules >= 0), 1 << 16)
     os.chdir("/tmp" if fence.is_apart else "/")
+    # A user's other processes count as threads do, and at this level they are this one's too.
+    is_shared = fence.level == "landlock" and os.geteuid() != 0
     confinement.limit(
+        **({} if is_shared else {"NPROC": limits["num_threads"]}),
         CPU=int(limits["wall_s"]) + 1,
         AS=limits["memory_mb"] << 20,
         FSIZE=limits["file_mb"] << 20,
         NOFILE=64,
         CORE=0,
         MEMLOCK=0,
-        NPROC=limits["num_threads"],
     )
     _lock(fence)
     _run(request["program"], request["calls"])

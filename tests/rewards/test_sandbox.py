@@ -271,6 +271,19 @@ def test_the_environment_is_empty(sandbox: Sandbox, monkeypatch: pytest.MonkeyPa
         assert values(fresh, program, "dict(os.environ)", "get(b'PATH')") == ["{}", "None"]
 
 
+def test_only_its_own_four_descriptors_are_open(sandbox: Sandbox) -> None:
+    program = """
+import os
+def is_open(n):
+    try:
+        os.fstat(n)
+    except OSError:
+        return False
+    return True
+"""
+    assert values(sandbox, program, "[n for n in range(2_000) if is_open(n)]") == ["[0, 1, 2, 3]"]
+
+
 def test_what_is_installed_cannot_be_imported(sandbox: Sandbox) -> None:
     for name in ("pytest", "rewards.grader", "posttrain"):
         assert attempt(sandbox, f"import {name}") in ("!ModuleNotFoundError", "!PermissionError")
