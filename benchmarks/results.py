@@ -54,6 +54,7 @@ def page(runs: Sequence[Path]) -> str:
             *steps(report),
             "",
             *differences(report),
+            *lengths(runs[list(reports).index(name)], report),
             *budget(report),
         ]
     return "\n".join(lines) + "\n"
@@ -81,6 +82,20 @@ def summary(reports: Mapping[str, Json]) -> list[str]:
     for recipe, found in captured.items():
         mean = f"mean {sum(found) / len(found):.3f}, lowest {min(found):.3f}"
         lines += ["", f"OPD's macro headroom in {recipe} ({len(found)} run(s)): {mean}."]
+    return lines
+
+
+def lengths(run: Path, report: Json) -> list[str]:
+    """Where domains are efforts: the mean of an answer's own tokens, from the run's scores.json."""
+    domains = [domain for domain in report["checkpoints"]["base"] if "@" in domain]
+    if not domains:
+        return []
+    lines = ["", f"| own tokens | {' | '.join(domains)} |", "|---" * (len(domains) + 1) + "|"]
+    for row in report["checkpoints"]:
+        for path in (run / "stages").glob(f"evaluate.{row.replace('/', '.')}-*/scores.json"):
+            found = json.loads(path.read_text("utf-8"))["domains"]
+            cells = [f"{found[domain]['mean_length']:.1f}" for domain in domains]
+            lines.append(f"| {row} | {' | '.join(cells)} |")
     return lines
 
 
