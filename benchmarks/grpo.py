@@ -7,7 +7,8 @@ Each in a process of its own, fp32, one thread; times are processor time, and a 
 sampling alone. Afterwards both are scored on the domain's held-out prompts, four samples each at
 T = 1.
 
-TRL samples anew with every seed; so the scores are one run's each, and intervals are over prompts.
+Seeds decide the prompts' order and what is sampled. A score's interval is over prompts, so that
+only several seeds tell how far two trainings differ by chance.
 """
 
 import argparse
@@ -18,7 +19,7 @@ import sys
 import tempfile
 import time
 from contextlib import closing
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -26,7 +27,7 @@ from typing import Any
 import torch
 import yaml
 from measured import Json, forget_peak, machine, memory_mib, place, write
-from transformers import TrainerCallback
+from transformers import TrainerCallback, set_seed
 
 from posttrain.checkpoints import load_model, load_tokenizer
 from posttrain.domains import DomainSpec
@@ -50,20 +51,22 @@ def main() -> None:
     parser.add_argument("--domain", default="mathematics")
     parser.add_argument("--page", type=Path, default=Path("docs/grpo-speed.md"))
     parser.add_argument("--steps", type=int, help="steps of each; the recipe's by default")
-    parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.worker:
-        peer, out = arguments.worker
-        found = measure(peer, Path(out), arguments.run, arguments.domain, arguments.steps)
+        peer, out, seed = arguments.worker
+        config, start = stage_of(arguments.run, arguments.domain, arguments.steps)
+        found = measure(peer, config, start, Path(out), arguments.run, seed=int(seed))
         sys.stdout.write("\n" + json.dumps(found) + "\n")
         return
     data: Json = {**machine("torch", "transformers", "trl"), "domain": arguments.domain, "rows": []}
-    for peer in PEERS:
-        sys.stderr.write(f"{peer} ...\n")
+    for seed, peer in product(range(arguments.seeds), PEERS):
+        sys.stderr.write(f"seed {seed}, {peer} ...\n")
         with tempfile.TemporaryDirectory() as out:
             done = subprocess.run(
-                [sys.executable, *sys.argv, "--worker", peer, out],
+                [sys.executable, *sys.argv, "--worker", peer, out, str(seed)],
                 stdout=subprocess.PIPE,
                 env={**os.environ, "OMP_NUM_THREADS": "1", "CI": "1"},
                 text=True,
@@ -73,17 +76,17 @@ def main() -> None:
         write(arguments.page, data, page)
 
 
-def measure(peer: str, out: Path, run: Path, domain: str, num_steps: int | None) -> Json:
+def measure(peer: str, config: GrpoStage, start: Path, out: Path, run: Path, *, seed: int) -> Json:
     """A row of the table."""
-    config, start = stage_of(run, domain, num_steps)
     (spec,) = config.domains
     tokenizer: Any = load_tokenizer(start)
     model: Any = load_model(start)
     metrics = Metrics(out / "metrics.jsonl", stage="grpo")
-    job = Job(out, {"start": start.parent}, run, seed=0, num_threads=1, metrics=metrics)
+    job = Job(out, {"start": start.parent}, run, seed=seed, num_threads=1, metrics=metrics)
+    set_seed(seed)
     clock = Clock()
     with closing(Task(spec, tokenizer, folder=run, seed=0)) as task:
-        visits = grpo.prompt_order([task], config.grpo, seed=0)
+        visits = grpo.prompt_order([task], config.grpo, seed=seed)
         if peer == PEERS[0]:
             trainer: Any = ours(model, tokenizer, task, visits, config, job, clock)
         else:
@@ -98,6 +101,7 @@ def measure(peer: str, out: Path, run: Path, domain: str, num_steps: int | None)
     seconds = [after - before for before, after in pairwise(clock.ends)]
     return {
         "peer": peer,
+        "seed": seed,
         "steps": len(seconds) + 1,
         "rows": config.grpo.rows_per_step,
         "step_s": fmean(seconds),
@@ -152,8 +156,8 @@ def ours(
             clock.rewards.append(fmean(score.reward for group in found for score in group))
             return found
 
-    engine = Engine(model, num_slots=config.grpo.num_slots, seed=0)
-    sampler = Timed(engine, [task], visits, config=config.grpo, seed=0)
+    engine = Engine(model, num_slots=config.grpo.num_slots, seed=job.seed)
+    sampler = Timed(engine, [task], visits, config=config.grpo, seed=job.seed)
     return grpo.build_trainer(model, tokenizer, sampler, config, job)
 
 
@@ -230,30 +234,36 @@ def page(data: Json) -> str:
         "process held before the first step; the score is of held-out prompts, with its 95%",
         "interval.",
         "",
-        "| | steps | own tokens | s a step | sampling | sampled tokens/s | peak MiB | score |",
-        "|---|---|---|---|---|---|---|---|",
+        "| | seed | steps | own tokens | s a step | sampling | tokens/s | peak MiB | score |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in data["rows"]:
         mean, low, high = row["score"]
         lines.append(
-            f"| {row['peer']} | {row['steps']} x {row['rows']} rows | {row['tokens']:,} | "
-            f"{row['step_s']:.2f} | {row['rollout_s']:.2f} | {row['tokens_per_s']:,.0f} | "
+            f"| {row['peer']} | {row['seed']} | {row['steps']} x {row['rows']} rows | "
+            f"{row['tokens']:,} | {row['step_s']:.2f} | {row['rollout_s']:.2f} | "
+            f"{row['tokens_per_s']:,.0f} | "
             f"{row['peak_mib']:,.0f} | {mean:.3f} [{low:.3f}, {high:.3f}] |"
         )
-    if len(data["rows"]) == len(PEERS):
-        first, peer = data["rows"]
+    ours, trl = ([row for row in data["rows"] if row["peer"] == peer] for peer in PEERS)
+    if trl:
+        rollout, step = (
+            fmean(row[key] for row in trl) / fmean(row[key] for row in ours)
+            for key in ("rollout_s", "step_s")
+        )
+        mean = [fmean(row["score"][0] for row in rows) for rows in (ours, trl)]
         lines += [
             "",
-            f"Sampling is {peer['rollout_s'] / first['rollout_s']:.2f} times as fast as TRL's, the "
-            f"step {peer['step_s'] / first['step_s']:.2f} times.",
+            f"Over the seeds sampling is {rollout:.2f} times as fast as TRL's, the step {step:.2f}",
+            f"times, and the score {mean[0]:.3f} where TRL's is {mean[1]:.3f}.",
             "",
-            "Mean reward, in tenths of the training:",
+            "Mean reward, in parts of five steps:",
             "",
         ]
         for row in data["rows"]:
-            size = max(1, len(row["rewards"]) // 10)
-            parts = [row["rewards"][i : i + size] for i in range(0, len(row["rewards"]), size)]
-            lines.append(f"- {row['peer']}: {', '.join(f'{fmean(part):.2f}' for part in parts)}")
+            parts = [row["rewards"][i : i + 5] for i in range(0, len(row["rewards"]), 5)]
+            means = ", ".join(f"{fmean(part):.2f}" for part in parts)
+            lines.append(f"- {row['peer']}, seed {row['seed']}: {means}")
     return "\n".join(lines) + "\n"
 
 
