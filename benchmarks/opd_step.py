@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,14 +50,28 @@ def main() -> None:
         found = measure(peer, int(vocab_size), Path(folder), arguments.steps)
         sys.stdout.write("\n" + json.dumps(found) + "\n")
         return
-    data: Json = {**machine("torch", "transformers", "trl"), "rows": []}
+    data: Json = machine("torch", "transformers", "trl")
+    data["rows"] = others(arguments.page, arguments.vocabulary)
+    when = {key: data[key] for key in ("date", "load")}
     for vocab_size in arguments.vocabulary:
         with tempfile.TemporaryDirectory() as folder:
             for seed, name in enumerate(("student", "teacher")):
                 make(vocab_size, seed).save_pretrained(Path(folder) / name)
             for peer in PEERS:
-                data["rows"].append(run_worker(peer, vocab_size, folder, arguments.steps))
+                found = run_worker(peer, vocab_size, folder, arguments.steps)
+                data["rows"].append({**found, **when})
+                data["rows"].sort(key=lambda row: (row["vocabulary"], PEERS.index(row["peer"])))
                 write(arguments.page, data, page)
+
+
+def others(page: Path, measured: Sequence[int]) -> list[Json]:
+    """The page's rows of vocabularies that are not measured now, with their own day and load."""
+    path = page.with_suffix(".json")
+    if not path.exists():
+        return []
+    before = json.loads(path.read_text("utf-8"))
+    when = {key: before[key] for key in ("date", "load")}
+    return [{**when, **row} for row in before["rows"] if row["vocabulary"] not in measured]
 
 
 def run_worker(peer: str, vocab_size: int, folder: str, num_steps: int) -> Json:
@@ -231,8 +245,9 @@ def page(data: Json) -> str:
         f"{place(data)}, fp32, tiny preset, {ROWS} rows of {PROMPT} + {ANSWER} tokens. Written by "
         "`benchmarks/opd_step.py`, which says how.",
         "",
-        "| vocabulary | | processor s a step | times ours | target | peak MiB | times ours |",
-        "|---|---|---|---|---|---|---|",
+        "| vocabulary | | day, load | processor s a step | times ours | target | peak MiB "
+        "| times ours |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     ours = {row["vocabulary"]: row for row in data["rows"] if row["peer"] == PEERS[0]}
     for row in data["rows"]:
@@ -241,6 +256,7 @@ def page(data: Json) -> str:
         cells = [
             f"{row['vocabulary']:,}",
             row["peer"],
+            f"{row['date']}, {row['load']}",
             f"{row['processor_s']:.2f}",
             f"{row['processor_s'] / base['processor_s']:.2f}",
             f"{target:g}" if target else "-",
