@@ -98,7 +98,10 @@ def rollout_of(task: Task, row: Row, turns: list[dict[str, Any]]) -> Rollout:
     for turn in turns:
         own = own_turn(turn)
         response, is_own = response + own, is_own + [True] * len(own)
-        said = request.continue_turn(own) if request.continue_turn else None
+        heard = own
+        if request.tells_all_turns:
+            heard = [i for i, mine in zip(response, is_own, strict=True) if mine]
+        said = request.continue_turn(heard) if request.continue_turn else None
         assert not isinstance(said, Future)
         if said is None:
             break
@@ -421,26 +424,10 @@ def test_a_worlds_tools_know_what_was_done_before_and_the_reward_sees_where_it_e
     assert told == ["0", "set", wanted]
     assert request.continue_turn(own + own_turn({"role": "assistant", "content": "done"})) is None
     with closing(task):
-        right = rollout_in(task, row, [turns[1], {"role": "assistant", "content": "done"}])
-        wrong = rollout_in(task, row, [turns[0], {"role": "assistant", "content": "done"}])
+        right = rollout_of(task, row, [turns[1], {"role": "assistant", "content": "done"}])
+        wrong = rollout_of(task, row, [turns[0], {"role": "assistant", "content": "done"}])
         scores = task.score([right, wrong])
     assert [score.reward for score in scores] == [1.0, 0.0], scores
-
-
-def rollout_in(task: Task, row: Row, turns: list[dict[str, Any]]) -> Rollout:
-    """As `rollout_of`, where the engine tells all turns."""
-    (request,) = task.requests([row])
-    response: list[int] = []
-    is_own: list[bool] = []
-    for turn in turns:
-        own = own_turn(turn)
-        response, is_own = response + own, is_own + [True] * len(own)
-        assert request.continue_turn is not None
-        said = request.continue_turn([t for t, m in zip(response, is_own, strict=True) if m])
-        assert not isinstance(said, Future)
-        if said is not None:
-            response, is_own = response + said, is_own + [False] * len(said)
-    return Rollout(row.id, task.name, 0, request.prompt, response, is_own, [0.0] * len(response))
 
 
 def test_a_world_and_tools_are_not_had_together() -> None:

@@ -1,0 +1,113 @@
+"""Laws of a recipe's data, rewards and room: what is wrong beyond types is named before compute."""
+
+import json
+from pathlib import Path
+
+import pytest
+from own_recipe import checked, line_of, message_of, write_recipe
+
+from posttrain.domains import DataConfig
+from posttrain.pipeline.checks import PRESET_CONTEXT, is_known_generator
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ("{not json", "JSON"),
+        ('{"response": "1"}', "prompt"),
+        ('{"prompt": 5}', "5"),
+    ],
+)
+def test_a_bad_row_is_named_by_its_file_and_line(tmp_path: Path, row: str, said: str) -> None:
+    path = write_recipe(tmp_path)
+    data = tmp_path / "other.jsonl"
+    data.write_text((tmp_path / "rows.jsonl").read_text() + row + "\n")
+    message = message_of(path, f"domains.letters.data.jsonl={data.name}")
+    assert message.startswith(f"--set: domains.letters.data.jsonl: {data}, line 65")
+    assert said in message
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("import no_such_library\n", "`import my_rewards` raised ModuleNotFoundError"),
+        ("letters = 5\n", "'letters' is int, not a function"),
+    ],
+)
+def test_a_reward_module_that_cannot_be_used_is_named(
+    tmp_path: Path, source: str, said: str
+) -> None:
+    path = write_recipe(tmp_path)
+    with (tmp_path / "my_rewards.py").open("a") as file:
+        file.write(source)
+    message = message_of(path)
+    assert message.startswith(f"{path}:11: domains.letters.reward: ")
+    assert said in message
+
+
+def test_a_rows_fields_must_leave_room_for_a_tools_arguments(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path)
+    rows = [{"prompt": f"say {i}", "response": "1", "name": "x"} for i in range(64)]
+    (tmp_path / "named.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tool = "domains.letters.tools=[{name: get, python: 'my_rewards:letters'}]"
+    message = message_of(path, tool, "domains.letters.data.jsonl=named.jsonl")
+    assert "domains.letters.data: the row with prompt 'say 0' has a field 'name'" in message
+
+
+def test_a_mixture_needs_something_to_learn(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path)
+    (tmp_path / "bare.jsonl").write_text('{"prompt": "say 1"}\n' * 9)
+    message = message_of(path, "base.pretrain.mixture.0.data.jsonl=bare.jsonl")
+    assert "base.pretrain.mixture.0.data.jsonl: " in message
+    assert "of its 9 rows 0 have a response" in message
+
+
+def test_an_empty_data_set_is_refused(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, num_rows=0)
+    assert "rows.jsonl" in message_of(path)
+
+
+@pytest.mark.parametrize(("task", "is_known"), [("gcd", True), ("chain_sum", True), ("gdc", False)])
+def test_a_reasoning_gym_task_is_looked_up_without_its_import(task: str, is_known: bool) -> None:
+    assert is_known_generator(DataConfig(reasoning_gym={"task": task})) == is_known
+
+
+def test_supervised_training_needs_demonstrations(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path)
+    rows = [json.dumps({"prompt": f"say {i}", "answer": i}) + "\n" for i in range(64)]
+    (tmp_path / "bare.jsonl").write_text("".join(rows))
+    message = message_of(path, "domains.letters.data.jsonl=bare.jsonl")
+    assert message.startswith(f"{line_of(path, 'sft:')}: domains.letters.sft: ")
+    assert "response" in message
+
+
+def test_a_prompt_must_leave_room_for_its_answer(tmp_path: Path) -> None:
+    # the tiny preset reads 4096 byte tokens: BOS, user and assistant marks and </think> are four
+    path = write_recipe(tmp_path)
+    room = 4096 - 16 - 4
+    for length, fits in ((room, True), (room + 1, False)):
+        row = json.dumps({"prompt": "x" * length, "response": "1"}) + "\n"
+        (tmp_path / "long.jsonl").write_text((tmp_path / "rows.jsonl").read_text() + row)
+        if fits:
+            checked(path, "domains.letters.data.jsonl=long.jsonl")
+        else:
+            message = message_of(path, "domains.letters.data.jsonl=long.jsonl")
+            assert "4081 tokens" in message
+            assert "context of 4096" in message
+
+
+def test_a_job_cannot_take_gpus_that_are_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    path = write_recipe(tmp_path)
+    checked(path, "cluster.gpus_per_job=1")
+    message = message_of(path, "cluster.gpus_per_job=2")
+    assert message.startswith("--set: cluster.gpus_per_job: ")
+    assert "finds 1 on this machine" in message
+
+
+def test_presets_have_the_context_that_prompts_are_checked_against() -> None:
+    from posttrain.backbone.presets import PRESETS
+
+    assert {name: p["max_position_embeddings"] for name, p in PRESETS.items()} == PRESET_CONTEXT
