@@ -14,15 +14,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rewards.environments import KINDS, replay, tools_of
+from rewards.environments import KINDS, MAX_CALLS, Call, replay, tools_of
 from rewards.schemas import invalid, same, with_defaults
 from rewards.score import RewardError, Score, gold_text, shown
 
-Call = Mapping[str, Any]
 Calls = Sequence[Call]
-
-MAX_CALLS = 100
-"""Calls that are looked at one by one."""
 
 
 def score(
@@ -55,15 +51,17 @@ def score(
     """
     made = calls_made(messages or ())
     schemas = _schemas(tools, environment)
-    num_valid = sum(not _problem(one, schemas) for one in made[:MAX_CALLS])
+    problems = [_problem(one, schemas) for one in made[:MAX_CALLS]]
     terms = {"calls": float(len(made))}
     if made and schemas:
-        terms["valid"] = num_valid / min(len(made), MAX_CALLS)
+        terms["valid"] = problems.count("") / len(problems)
+    # With any of these silence scores nothing, wherever the environment ends.
+    is_all = answer is None and call is None and not calls
     checks = [
-        _invalid_call(made, schemas) if tools else "",
+        _invalid_call(made, problems) if tools else "",
         _missing(call, made, schemas) if call is not None else "",
         _other_calls(calls, made, schemas, is_ordered=is_ordered) if calls is not None else "",
-        _other_state(environment, made, state, solution, is_all=answer is None),
+        _other_state(environment, made, state, solution, is_all=is_all),
     ]
     problem = next(filter(None, checks), "")
     if problem:
@@ -108,10 +106,9 @@ def _problem(call: Call, schemas: Schemas) -> str:
     return f"{name}: {problem}" if problem else ""
 
 
-def _invalid_call(made: Calls, schemas: Schemas) -> str:
+def _invalid_call(made: Calls, problems: Sequence[str]) -> str:
     if len(made) > MAX_CALLS:
         return f"{len(made)} calls, which is more than {MAX_CALLS}"
-    problems = (_problem(one, schemas) for one in made)
     return next((f"an invalid call: {problem}" for problem in problems if problem), "")
 
 

@@ -77,4 +77,14 @@ def _shown(name: str, tool: Tool) -> dict[str, Any]:
     return {"name": name, "description": tool.description, "parameters": tool.parameters}
 
 
-__all__ = ["KINDS", "MAX_CALLS", "Environment", "Replay", "replay", "start", "tools_of", "use"]
+__all__ = [
+    "KINDS",
+    "MAX_CALLS",
+    "Call",
+    "Environment",
+    "Replay",
+    "replay",
+    "start",
+    "tools_of",
+    "use",
+]

@@ -163,6 +163,16 @@ def test_where_an_environment_ends_is_what_counts() -> None:
             assert found.reward == 0.0
 
 
+def test_calls_that_change_nothing_may_be_asked_for_where_nothing_is_to_change() -> None:
+    get = {"name": "get", "arguments": {"key": "a"}}
+    row: dict[str, Any] = {"environment": STORE, "state": {"a": "1"}, "calls": [get]}
+    assert score("it is 1", messages=turns(get), **row).reward == 1.0
+    assert score("it is 1", messages=turns(), **row).reward == 0.0
+    row["calls"] = []
+    with pytest.raises(RewardError, match="silence would do"):
+        score("", messages=turns(), **row)
+
+
 def test_a_conversation_of_several_turns_in_a_database() -> None:
     script = "CREATE TABLE stock (name TEXT, n INT); INSERT INTO stock VALUES ('tea', 3)"
     world = {"kind": "database", "start": script}
