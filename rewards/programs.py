@@ -32,8 +32,8 @@ MIN_DIFFERENT = 3
 """Different answers that a row's tests must have before a part of them earns anything."""
 
 Tests = Sequence[Mapping[str, Any]]
-Outcome = tuple[int, str]
-"""Number of a test and what is wrong with its answer; empty: nothing."""
+Outcomes = list[str]
+"""What is wrong with the answer to each test, in order; empty: nothing."""
 
 _FENCE = re.compile(r"^[ \t]*```[ \t]*(?:python3?|py)?[ \t]*\n(.*?)^[ \t]*```", re.I | re.M | re.S)
 _OPEN_FENCE = re.compile(r"^[ \t]*```[ \t]*(?:python3?|py)?[ \t]*\n", re.I | re.M)
@@ -68,7 +68,7 @@ def score(
     kind = _kind(tests)
     assert tests is not None
     if kind == "x":
-        outcomes = _expression(response, tests)
+        outcomes = _expression(response, tests, stop_early=not partial)
     else:
         program = f"{prelude}\n{extract(response)}" if prelude else extract(response)
         limits = Limits(wall_s=timeout_s, memory_mb=memory_mb)
@@ -76,11 +76,10 @@ def score(
             outcomes = _calls(program, tests, limits, sandbox, tolerance)
         else:
             outcomes = _dialogues(program, tests, limits, sandbox, stop_early=not partial)
-    answers = _answers(kind, tests)
-    if not partial or kind == "x":
-        failed = next((why for _, why in outcomes if why), "")
-        return Score(0.0, failed) if failed else Score(1.0, f"all {len(tests)} tests pass")
-    return _partial(outcomes, answers)
+    if partial:
+        return _partial(outcomes, _answers(kind, tests))
+    failed = next(filter(None, outcomes), "")
+    return Score(0.0, failed) if failed else Score(1.0, f"all {len(tests)} tests pass")
 
 
 def prepare(items: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
@@ -107,14 +106,12 @@ def extract(response: str) -> str:
     return response[opened.end() :] if opened else response
 
 
-def _calls(
-    program: str, tests: Tests, limits: Limits, level: Level, tolerance: float
-) -> list[Outcome]:
+def _calls(program: str, tests: Tests, limits: Limits, level: Level, tolerance: float) -> Outcomes:
     run = shared(level).run(program, calls=[test["call"] for test in tests], limits=limits)
-    outcomes: list[Outcome] = []
+    outcomes: Outcomes = []
     for number, test in enumerate(tests):
         where = f"test {number + 1} of {len(tests)}: {shown(test['call'])}"
-        outcomes.append((number, _call_problem(run, number, test, where, tolerance)))
+        outcomes.append(_call_problem(run, number, test, where, tolerance))
     return outcomes
 
 
@@ -138,10 +135,10 @@ def _call_problem(
 
 def _dialogues(
     program: str, tests: Tests, limits: Limits, level: Level, *, stop_early: bool
-) -> list[Outcome]:
+) -> Outcomes:
     """Each test in a run of its own, as long as there is time."""
     left = limits.wall_s
-    outcomes: list[Outcome] = []
+    outcomes: Outcomes = []
     for number, test in enumerate(tests):
         where = f"test {number + 1} of {len(tests)}"
         problem = f"{where}: no time is left"
@@ -152,7 +149,7 @@ def _dialogues(
             problem = "" if run.end == "ended" else f"{where}: {run.end}"
             if not problem and _lines(run.stdout) != _lines(test["stdout"]):
                 problem = f"{where} prints {shown(run.stdout)}, needed {shown(test['stdout'])}"
-        outcomes.append((number, problem))
+        outcomes.append(problem)
         if problem and stop_early:
             break
     return outcomes
@@ -162,29 +159,34 @@ def _lines(text: str) -> list[str]:
     return [line.rstrip() for line in text.rstrip().split("\n")]
 
 
-def _expression(response: str, tests: Tests) -> list[Outcome]:
-    """The one-line expression on each `x`, up to the first that fails."""
+def _expression(response: str, tests: Tests, *, stop_early: bool) -> Outcomes:
+    """The one-line expression on each `x`."""
     try:
         expression = parse(response.strip())
     except ExpressionError as error:
-        return [(0, f"no expression: {error}")]
+        return [f"no expression: {error}"]
+    outcomes: Outcomes = []
     for number, test in enumerate(tests):
-        where = f"test {number + 1} of {len(tests)}: x = {shown(test['x'])}"
+        problem = ""
         try:
             found = evaluate(expression, x=test["x"])
+            if not same(found, test["expect"]):
+                problem = f" gives {shown(found)}, needed {shown(test['expect'])}"
         except ExpressionError as error:
-            return [(number, f"{where}: {error}")]
-        if not same(found, test["expect"]):
-            needed = shown(test["expect"])
-            return [(number, f"{where} gives {shown(found)}, needed {needed}")]
-    return []
+            problem = f": {error}"
+        if problem:
+            problem = f"test {number + 1} of {len(tests)}: x = {shown(test['x'])}{problem}"
+        outcomes.append(problem)
+        if problem and stop_early:
+            break
+    return outcomes
 
 
-def _partial(outcomes: Sequence[Outcome], answers: Sequence[str]) -> Score:
+def _partial(outcomes: Outcomes, answers: Sequence[str]) -> Score:
     """`answers` has one for each test; what has no outcome has failed."""
     counts = Counter(answers)
-    passed = sum(not why for _, why in outcomes)
-    reason = next((why for _, why in outcomes if why), f"all {len(answers)} tests pass")
+    passed = outcomes.count("")
+    reason = next(filter(None, outcomes), f"all {len(answers)} tests pass")
     if len(counts) < MIN_DIFFERENT:
         return Score(float(passed == len(answers)), reason)
     constant = max(counts.values())

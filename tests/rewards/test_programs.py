@@ -55,6 +55,15 @@ def test_allowed_expressions_mean_what_python_means(source: str, x: object, valu
     assert evaluate(parse(source), x=x) == value
 
 
+@pytest.mark.parametrize(
+    ("response", "reward"),
+    # REVERSE has three answers, so a constant passes one: (passed - 1) / (3 - 1)
+    [("x[::-1]", 1.0), ("x[::-1][:3]", 0.5), ("'cba'", 0.0), ("x[", 0.0), ("x[-1] and 'cba'", 0.0)],
+)
+def test_a_part_of_the_tests_earns_what_is_beyond_a_constant(response: str, reward: float) -> None:
+    assert score(response, tests=REVERSE, partial=True).reward == reward
+
+
 @pytest.mark.parametrize("response", ["x", "x.upper()", "'cba'", "", "reverse x", "x[::-1]; x"])
 def test_anything_but_all_tests_passed_scores_0(response: str) -> None:
     assert score(response, tests=REVERSE).reward == 0.0
