@@ -11,7 +11,6 @@ together, so that an introduction costs nothing. It is for comparison: what is r
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from itertools import product
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 from rewards import ifbench_checks, instruction_checks, languages
 from rewards.instruction_checks import Check, arguments_of
 from rewards.score import RewardError, Score
+from rewards.texts import words
 
 CHECKS: Mapping[str, Check] = {**instruction_checks.CHECKS, **ifbench_checks.CHECKS}
 ARGUMENTS = {name: arguments_of(check) for name, check in CHECKS.items()}
@@ -39,7 +39,7 @@ def score(
 ) -> Score:
     """1 if the response follows every instruction of the row; `followed` is the share it does."""
     checks = _checked(instruction_id_list, kwargs)
-    num_words = len(re.findall(r"\w+", response))
+    num_words = len(words(response))
     if not response.strip():
         return Score(0.0, "the response is empty", {"followed": 0.0})
     if num_words < min_words and not all(name in SHORT for name, _ in checks):

@@ -1,4 +1,7 @@
-"""What graders and their processes say to each other: pickles behind a length, JSON lines back."""
+"""What graders and their processes say to each other: frames behind a length, JSON lines back.
+
+A frame is a pickle, or to and from the sandbox JSON.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 HEADER = struct.Struct(">Q")
-"""The number of bytes of the pickle that follows."""
+"""The number of bytes of the frame that follows."""
 
 
 @dataclass(frozen=True, slots=True)
