@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.errors import CheckpointError
-from posttrain.files import write_atomic
+from posttrain.files import whole_folder, write_atomic
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -46,26 +46,18 @@ def find_base(folder: Path) -> Path:
 
 def copy_adapter(source: Path, folder: Path, *, base: Path) -> None:
     """The adapter as `folder`, which appears whole and names `base` by its absolute path."""
-    partial = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(source, partial)
-    _name_base(partial, os.fspath(base.resolve()))
-    if folder.exists():
-        shutil.rmtree(folder)
-    partial.rename(folder)
+    with whole_folder(folder) as partial:
+        shutil.copytree(source, partial)
+        _name_base(partial, os.fspath(base.resolve()))
 
 
 def save_adapter(model: Any, tokenizer: Any, folder: Path, *, base: Path) -> None:
     """A PEFT model's adapter with the tokenizer as `folder`, which appears whole; it names its base
     by the path from there, so that both may move together."""
-    partial = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(str(partial), save_embedding_layers=False)
-    tokenizer.save_pretrained(str(partial))
-    _name_base(partial, os.path.relpath(base.resolve(), folder.resolve()))
-    if folder.exists():
-        shutil.rmtree(folder)
-    partial.rename(folder)
+    with whole_folder(folder) as partial:
+        model.save_pretrained(str(partial), save_embedding_layers=False)
+        tokenizer.save_pretrained(str(partial))
+        _name_base(partial, os.path.relpath(base.resolve(), folder.resolve()))
 
 
 def _name_base(folder: Path, base: str) -> None:

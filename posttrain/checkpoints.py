@@ -4,7 +4,6 @@ their weights' hash."""
 from __future__ import annotations
 
 import hashlib
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from transformers import (
 from posttrain.adapters import find_base, is_adapter
 from posttrain.backbone import official  # the package registers V4ForCausalLM
 from posttrain.errors import CheckpointError
+from posttrain.files import whole_folder
 from posttrain.hashes import FileHashes
 
 
@@ -27,13 +27,9 @@ def save_checkpoint(
 ) -> None:
     """Model and tokenizer into `folder`, which appears whole: safetensors, config and tokenizer
     files."""
-    partial = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(str(partial))
-    if folder.exists():
-        shutil.rmtree(folder)
-    partial.rename(folder)
+    with whole_folder(folder) as partial:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(str(partial))
 
 
 def load_model(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -50,7 +46,8 @@ def load_model(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> Pre
         peft: Any = PeftModel.from_pretrained(
             load_model(find_base(Path(folder)), dtype=dtype), folder
         )
-        return peft.merge_and_unload().eval()
+        merged = peft.merge_and_unload().requires_grad_(True)  # PEFT had frozen the base
+        return merged.eval()
     _check_folder(folder)
     try:
         if official.is_official(Path(folder)):

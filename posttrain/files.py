@@ -1,6 +1,9 @@
-"""Files that appear whole or not at all: written beside their place, flushed to disk, renamed."""
+"""What appears whole or not at all: written beside its place, flushed to disk, renamed."""
 
 import os
+import shutil
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -23,3 +26,14 @@ def write_atomic(path: Path, content: str | bytes) -> None:
         os.fsync(file.fileno())
     temporary.replace(path)
     sync_folder(path.parent)
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Generator[Path]:
+    """A folder to make that takes `folder`'s place when the context ends well."""
+    partial = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(partial, ignore_errors=True)
+    yield partial
+    if folder.exists():
+        shutil.rmtree(folder)
+    partial.rename(folder)

@@ -1,5 +1,6 @@
 """A domain at work with a tokenizer: prompts to sample, tools that answer, rewards, transcripts."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,8 @@ from rewards.score import RewardError as BadReward
 from rewards.score import Score
 
 Message = dict[str, Any]
+
+LOGGER = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -138,7 +141,17 @@ class Task:
             name: load_rows(data, folder=self._folder, seed=seed)
             for name, data in config.against.items()
         }
-        return overlaps(self.train, tests, num_words=config.num_words, above=config.max_overlap)
+        found = overlaps(self.train, tests, num_words=config.num_words, above=config.max_overlap)
+        if found:
+            worst = max(found, key=lambda overlap: overlap.share)
+            LOGGER.warning(
+                "domain %r: %d of %d prompts are too near to a test's and not trained on; nearest, "
+                "by %.2f: %r and, %s, %r",
+                *(self.name, len(found), len(self.train), worst.share),
+                *(worst.row.messages[-1]["content"], worst.source),
+                worst.other.messages[-1]["content"],
+            )
+        return found
 
     def messages(self, row: Row) -> list[Message]:
         """The row's prompt with the domain's system prompt in front."""

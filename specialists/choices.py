@@ -48,8 +48,8 @@ def tensors_of(
         size = max(1, *(len(tokens) for support in supports for tokens in support))
         padded = torch.full((len(prompts), num_c, size), -1)
         for row, support in enumerate(supports):
-            for column, tokens in enumerate(support):
-                padded[row, column, : len(tokens)] = torch.tensor(tokens)
+            filled = [tokens + [-1] * (size - len(tokens)) for tokens in support]
+            padded[row, : len(support)] = torch.tensor(filled)
         found[SUPPORT] = padded
     return found
 

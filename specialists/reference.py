@@ -7,7 +7,6 @@ and a resumed run would begin with the first reference again.
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_model, save_model
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -45,9 +44,7 @@ class ReferenceRefresh(TrainerCallback):
         if state.global_step % self._every:
             return
         policy = self._trainer.accelerator.unwrap_model(self._trainer.model)
-        with torch.no_grad():
-            for name, tensor in self._reference.state_dict().items():
-                tensor.copy_(policy.state_dict()[name])
+        self._reference.load_state_dict(policy.state_dict())
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any

@@ -5,7 +5,7 @@ import math
 import shutil
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from posttrain.files import write_atomic
@@ -15,7 +15,7 @@ from posttrain.job import Job
 class BestWeights(TrainerCallback):
     """Keeps what is trained of the model as it was when its validation loss was lowest.
 
-    best/<step>.safetensors and best.json, which names it and its loss: a resumed run meets the same
+    best/<step>.pt and best.json, which names it and its loss: a resumed run meets the same
     losses again, so what it finds there is what it would have found.
     """
 
@@ -39,21 +39,20 @@ class BestWeights(TrainerCallback):
         if loss >= self._best(before=state.global_step):
             return
         self._folder.mkdir(exist_ok=True)
-        path = self._folder / f"{state.global_step}.safetensors"
-        trained = {n: p.detach() for n, p in self._model.named_parameters() if p.requires_grad}
-        save_file(trained, path)
+        path = self._folder / f"{state.global_step}.pt"
+        frozen = {n for n, p in self._model.named_parameters() if not p.requires_grad}
+        found = self._model.state_dict()  # with the buffers: routing biases move in training too
+        torch.save({n: t for n, t in found.items() if n not in frozen}, path)
         write_atomic(self._record, json.dumps({"step": state.global_step, "loss": loss}))
-        for other in self._folder.glob("*.safetensors"):
+        for other in self._folder.glob("*.pt"):
             if other != path:
                 other.unlink()
 
     def restore(self) -> int:
         """Give the model its best weights back; returns after which step it had them."""
         step = json.loads(self._record.read_text(encoding="utf-8"))["step"]
-        found = load_file(self._folder / f"{step}.safetensors")
-        parameters = dict(self._model.named_parameters())
-        for name, tensor in found.items():
-            parameters[name].data.copy_(tensor)
+        found = torch.load(self._folder / f"{step}.pt", weights_only=True)
+        self._model.load_state_dict(found, strict=False)
         return step
 
     def close(self) -> None:

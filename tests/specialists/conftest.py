@@ -1,6 +1,7 @@
 """A start checkpoint with a very small V4, and a domain of short words to reverse."""
 
 import json
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from random import Random
@@ -15,6 +16,8 @@ from posttrain.domains import DomainSpec
 from posttrain.job import Job
 from posttrain.metrics import Metrics
 from posttrain.tokenizer import build_tokenizer
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # for stage_runs.py
 
 NewJob = Callable[..., Job]
 

@@ -1,13 +1,15 @@
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from stage_runs import check_killed, trained
 from transformers import TrainerCallback
 
-from posttrain.checkpoints import load_model, weights_hash
+from posttrain.checkpoints import load_model
 from posttrain.config import OptimizerConfig
 from posttrain.domains import DomainSpec
 from posttrain.job import Job
@@ -33,13 +35,6 @@ def stage(domains: list[DomainSpec], **settings: Any) -> GrpoStage:
         "optimizer": OPTIMIZER,
     }
     return GrpoStage(domains=domains, grpo=GrpoConfig.model_validate({**defaults, **settings}))
-
-
-def trained(job: Job) -> list[dict[str, Any]]:
-    """The records of the steps, without their times."""
-    timing = ("seconds", "sampling_s", "scoring_s")
-    records = [record for record in job.metrics.records() if record["step"] > 0]
-    return [{k: v for k, v in record.items() if k not in timing} for record in records]
 
 
 class Scripted:
@@ -215,11 +210,4 @@ def test_a_run_that_was_killed_goes_on_to_the_same_bits(
     kl_weight: float,
 ) -> None:
     config = stage([words], checkpoint_every=2, rows_per_microbatch=3, kl_weight=kl_weight)
-    straight, killed = new_job("straight", {"start": start}), new_job("killed", {"start": start})
-    grpo.work(config, straight)
-    with pytest.raises(KeyboardInterrupt):
-        grpo.work(config, new_job("killed", {"start": start}, metrics=cut_after(killed.out, 3)))
-    resumed = new_job("killed", {"start": start})
-    grpo.work(config, resumed)
-    assert trained(resumed) == trained(straight)
-    assert weights_hash(killed.out / "checkpoint") == weights_hash(straight.out / "checkpoint")
+    check_killed(partial(grpo.work, config), new_job, cut_after, start=start, last=3)

@@ -1,9 +1,10 @@
 """GRPO off-policy and on what the sampler chose: gradients against formulas, a row at a time."""
 
 import math
-from collections.abc import Callable, Sequence
-from contextlib import closing
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,12 @@ import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
+from stage_runs import check_killed
 from torch import Tensor
 from transformers import TrainerCallback
 
 from posttrain.backbone.routing import ExpertChoices
-from posttrain.checkpoints import load_model, weights_hash
+from posttrain.checkpoints import load_model
 from posttrain.config import OptimizerConfig
 from posttrain.domains import DomainSpec
 from posttrain.job import Job
@@ -313,21 +315,33 @@ def test_the_sampler_and_the_learner_give_one_probability_of_what_was_left(
         assert records[0]["kl"] == pytest.approx(0.0, abs=1e-9)
 
 
+@contextmanager
+def sampler_of(
+    config: GrpoConfig, start: Path, tokenizer: Any, words: DomainSpec, job: Job
+) -> Generator[GroupSampler]:
+    """The stage's sampler of one domain."""
+    with closing(Task(words, tokenizer, folder=job.folder, seed=0)) as task:
+        visits = grpo.prompt_order([task], config, seed=0)
+        engine = Engine(load_model(start / "checkpoint"), num_slots=12, seed=0)
+        yield GroupSampler(engine, [task], visits, config=config, seed=0)
+
+
+def first_step(sampler: GroupSampler) -> dict[str, list[Any]]:
+    """What TRL is told in its first step."""
+    trainer: Any = type("At", (), {"state": type("State", (), {"global_step": 0})})
+    visits = range(sampler.config.prompts_per_step)
+    return sampler([str(visit) for visit in visits for _ in range(sampler.size)], trainer)
+
+
 def test_groups_without_spread_make_room_for_other_prompts(
     start: Path, tokenizer: Any, words: DomainSpec, new_job: NewJob
 ) -> None:
     words = words.model_copy(update={"max_new_tokens": 1})  # whose rewards are 0 or 1
 
     def sampled(rounds: int) -> tuple[dict[str, list[Any]], dict[str, float]]:
-        job = new_job("grpo")
         config = stage([words], prompts_per_step=6, refill_rounds=rounds, temperature=1.0).grpo
-        with closing(Task(words, tokenizer, folder=job.folder, seed=0)) as task:
-            visits = grpo.prompt_order([task], config, seed=0)
-            engine = Engine(load_model(start / "checkpoint"), num_slots=12, seed=0)
-            sampler = GroupSampler(engine, [task], visits, config=config, seed=0)
-            trainer: Any = type("At", (), {"state": type("State", (), {"global_step": 0})})
-            found = sampler([str(v) for v in range(6) for _ in range(2)], trainer)
-            return found, sampler.read_metrics()
+        with sampler_of(config, start, tokenizer, words, new_job("grpo")) as sampler:
+            return first_step(sampler), sampler.read_metrics()
 
     plain, before = sampled(0)
     first, after = sampled(4)
@@ -379,12 +393,6 @@ def test_the_reference_becomes_the_policy_buffers_too(
     assert not all(torch.equal(reference[name], tensor) for name, tensor in taken[2].items())
 
 
-def trained(job: Job) -> list[dict[str, Any]]:
-    timing = ("seconds", "sampling_s", "scoring_s")
-    records = [record for record in job.metrics.records() if record["step"] > 0]
-    return [{k: v for k, v in record.items() if k not in timing} for record in records]
-
-
 @pytest.mark.parametrize(
     "settings",
     [
@@ -404,14 +412,7 @@ def test_a_run_that_was_killed_goes_on_to_the_same_bits(
         [words], num_steps=5, checkpoint_every=2, rows_per_microbatch=2, prompts_per_step=2,
         optimizer=OptimizerConfig(learning_rate=1e-3), **settings,
     )  # fmt: skip
-    straight, killed = new_job("straight", {"start": start}), new_job("killed", {"start": start})
-    grpo.work(config, straight)
-    with pytest.raises(KeyboardInterrupt):
-        grpo.work(config, new_job("killed", {"start": start}, metrics=cut_after(killed.out, 3)))
-    resumed = new_job("killed", {"start": start})
-    grpo.work(config, resumed)
-    assert trained(resumed) == trained(straight)
-    assert weights_hash(killed.out / "checkpoint") == weights_hash(straight.out / "checkpoint")
+    check_killed(partial(grpo.work, config), new_job, cut_after, start=start, last=3)
 
 
 @pytest.mark.parametrize(
@@ -442,19 +443,12 @@ def test_length_costs_as_the_formula_says_and_never_more_than_its_cap() -> None:
 def test_what_trains_is_the_reward_less_what_length_costs(
     start: Path, tokenizer: Any, words: DomainSpec, new_job: NewJob
 ) -> None:
-    job, penalty = new_job("grpo"), LengthPenalty(k=0.4)
-    config = stage([words], prompts_per_step=3, length_penalty=penalty).grpo
-    with closing(Task(words, tokenizer, folder=job.folder, seed=0)) as task:
-        visits = grpo.prompt_order([task], config, seed=0)
-        engine = Engine(load_model(start / "checkpoint"), num_slots=6, seed=0)
-        sampler = GroupSampler(engine, [task], visits, config=config, seed=0)
-        trainer: Any = type("At", (), {"state": type("State", (), {"global_step": 0})})
-        found = sampler([str(v) for v in range(3) for _ in range(2)], trainer)
-        earned = [
-            s.reward for group in sampler.score(range(3), sampler.sample(range(3))) for s in group
-        ]
+    config = stage([words], prompts_per_step=3, length_penalty=LengthPenalty(k=0.4)).grpo
+    with sampler_of(config, start, tokenizer, words, new_job("grpo")) as sampler:
+        found, logged = first_step(sampler), sampler.read_metrics()
+        scores = sampler.score(range(3), sampler.sample(range(3)))
+    earned = [score.reward for group in scores for score in group]
     cost = [0.4 * sum(own) / 8 for own in found["env_mask"]]
     assert found["score"] == pytest.approx([r - c for r, c in zip(earned, cost, strict=True)])
-    logged = sampler.read_metrics()
     assert logged["reward"] == pytest.approx(sum(earned) / 6)
     assert logged["length_penalty"] == pytest.approx(sum(cost) / 6)

@@ -2,14 +2,16 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from stage_runs import check_killed, trained
 
-from posttrain.checkpoints import load_model, weights_hash
+from posttrain.checkpoints import load_model
 from posttrain.config import OptimizerConfig
 from posttrain.domains import DataConfig, DomainSpec
 from posttrain.errors import DataError
@@ -26,13 +28,6 @@ OPTIMIZER = OptimizerConfig(learning_rate=1e-3, warmup_steps=1, schedule="cosine
 def stage(domain: DomainSpec, **settings: Any) -> SftStage:
     defaults = {"num_steps": 6, "rows_per_step": 4, "optimizer": OPTIMIZER}
     return SftStage(domains=[domain], sft=SftConfig.model_validate({**defaults, **settings}))
-
-
-def trained(job: Job) -> list[dict[str, Any]]:
-    """The records of the steps, without their times."""
-    timing = ("seconds", "sampling_s", "scoring_s")
-    records = [record for record in job.metrics.records() if record["step"] > 0]
-    return [{k: v for k, v in record.items() if k not in timing} for record in records]
 
 
 def mean_loss(model: Any, rows: list[TokenRow]) -> float:
@@ -168,17 +163,16 @@ def test_a_run_that_was_killed_goes_on_to_the_same_bits(
 ) -> None:
     settings = OPTIMIZER.model_copy(update={"name": optimizer})
     config = stage(words, checkpoint_every=2, rows_per_microbatch=2, optimizer=settings)
-    straight, killed = new_job("straight", {"start": start}), new_job("killed", {"start": start})
-    sft.work(config, straight)
-    with pytest.raises(KeyboardInterrupt):
-        sft.work(config, new_job("killed", {"start": start}, metrics=cut_after(killed.out, 5)))
-    steps = killed.out / training.STEPS
-    assert training.newest_complete(steps) == steps / "checkpoint-4"
-    shutil.copytree(steps / "checkpoint-2", steps / "checkpoint-6")  # a kill within a save
-    (steps / "checkpoint-6" / training.MARK).unlink()
-    (steps / "checkpoint-6" / "optimizer.pt").write_bytes(b"half")
-    resumed = new_job("killed", {"start": start})
-    sft.work(config, resumed)
-    assert trained(resumed) == trained(straight)
-    assert weights_hash(killed.out / "checkpoint") == weights_hash(straight.out / "checkpoint")
-    assert not steps.exists()
+
+    def kill_within_a_save(killed: Job) -> None:
+        steps = killed.out / training.STEPS
+        assert training.newest_complete(steps) == steps / "checkpoint-4"
+        shutil.copytree(steps / "checkpoint-2", steps / "checkpoint-6")
+        (steps / "checkpoint-6" / training.MARK).unlink()
+        (steps / "checkpoint-6" / "optimizer.pt").write_bytes(b"half")
+
+    _, killed = check_killed(
+        partial(sft.work, config), new_job, cut_after, start=start, last=5,
+        between=kill_within_a_save,
+    )  # fmt: skip
+    assert not (killed.out / training.STEPS).exists()

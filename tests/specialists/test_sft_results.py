@@ -2,26 +2,29 @@
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from stage_runs import check_killed
 from torch import Tensor
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
 
 from posttrain.adapters import find_base, is_adapter
-from posttrain.checkpoints import load_model, weights_hash
+from posttrain.checkpoints import load_model
 from posttrain.config import OptimizerConfig
 from posttrain.domains import DomainSpec
 from posttrain.errors import CheckpointError, DataError
 from posttrain.job import Job
 from posttrain.metrics import Metrics
-from specialists import sft, training
-from specialists.config import LoraConfig, SftConfig, SftStage
+from specialists import grpo, sft, training
+from specialists.config import GrpoConfig, GrpoStage, LoraConfig, SftConfig, SftStage
 from specialists.lora import load_with_adapter
 from specialists.rows import TokenRow
+from specialists.validation import BestWeights
 
 NewJob = Callable[..., Job]
 OPTIMIZER = OptimizerConfig(learning_rate=1e-3)
@@ -133,8 +136,7 @@ def test_the_result_is_the_weights_at_the_lowest_validation_loss_killed_or_not(
         validate_every=2, checkpoint_every=3, lora=lora,
         optimizer=OptimizerConfig(learning_rate=3e-2),
     )  # fmt: skip
-    job, killed = new_job("straight", {"start": start}), new_job("killed", {"start": start})
-    sft.work(config, job)
+    job, _ = check_killed(partial(sft.work, config), new_job, cut_after, start=start, last=7)
     records = job.metrics.records()
     losses = {r["step"]: r["validation_loss"] for r in records if "validation_loss" in r}
     assert list(losses) == [2, 4, 6, 8, 9]
@@ -144,8 +146,44 @@ def test_the_result_is_the_weights_at_the_lowest_validation_loss_killed_or_not(
     rows = sft.demonstrations(words, tokenizer, config.sft, job)
     _, kept = sft.split_validation({"words": rows}, 0.3)
     assert mean_loss(model, kept).item() == pytest.approx(losses[best], rel=1e-4)
-    with pytest.raises(KeyboardInterrupt):
-        sft.work(config, new_job("killed", {"start": start}, metrics=cut_after(killed.out, 7)))
-    sft.work(config, new_job("killed", {"start": start}))
-    assert weights_hash(killed.out / "checkpoint") == weights_hash(job.out / "checkpoint")
     assert not (job.out / "best").exists()
+
+
+def test_the_best_weights_are_kept_with_the_buffers_of_their_step(
+    start: Path, new_job: NewJob
+) -> None:
+    model: Any = load_model(start / "checkpoint")
+    model.model.embed_tokens.requires_grad_(False)
+    best = BestWeights(model, new_job("sft"))
+    arguments: Any = None
+    control: Any = None
+    wanted: dict[str, Tensor] = {}
+    for step, loss in enumerate((3.0, 1.0, 2.0), start=1):
+        for tensor in model.state_dict().values():
+            if tensor.is_floating_point():
+                tensor.add_(1.0)
+        state = TrainerState(global_step=step, max_steps=3)
+        best.on_evaluate(arguments, state, control, metrics={"eval_loss": loss})
+        if step == 2:
+            wanted = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert best.restore() == 2
+    frozen = model.model.embed_tokens.weight
+    for name, tensor in model.state_dict().items():
+        lag = 1.0 if tensor.data_ptr() == frozen.data_ptr() else 0.0  # it is not trained
+        torch.testing.assert_close(tensor, wanted[name] + lag if lag else wanted[name])
+    assert any("e_score_correction_bias" in name for name in wanted)
+
+
+def test_grpo_goes_on_from_an_adapter_with_the_whole_model(
+    start: Path, words: DomainSpec, new_job: NewJob
+) -> None:
+    first = new_job("sft", {"start": start})
+    sft.work(stage(words, lora=LORA, num_steps=2), first)
+    job = new_job("grpo", {"start": first.out})
+    settings = {"num_steps": 1, "prompts_per_step": 2, "samples_per_prompt": 2}
+    grpo.work(GrpoStage(domains=[words], grpo=GrpoConfig.model_validate(settings)), job)
+    assert not is_adapter(job.out / "checkpoint")
+    before, after = (load_model(f.out / "checkpoint").state_dict() for f in (first, job))
+    moved = [n for n in before if not torch.equal(before[n], after[n])]
+    assert any("lm_head" in name for name in moved)
+    assert max((before[n] - after[n]).abs().max() for n in moved) < 0.01
