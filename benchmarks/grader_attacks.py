@@ -6,21 +6,23 @@ Row = dict[str, Any]
 
 SQUARES = [{"call": f"f({x})", "expect": str(x * x)} for x in (2, 3, 5)]
 LOOP_ALL = "\nwhile True: pass"
+ANSWER = "\ndef f(x): return x * x"
+"""Reached where what stands before it was allowed, so that the attack scores."""
 
 PROGRAMS = {
     "fork bomb": "import os\nwhile True: os.fork()",
-    "thread bomb": "import threading, time\nwhile True: threading.Thread(target=time.sleep, "
-    "args=(9,)).start()",
-    "memory bomb": "x = []\nwhile True: x.append(bytearray(2**24))",
+    "thread bomb": "import threading, time\nfor _ in range(99):\n  threading.Thread("
+    "target=time.sleep, args=(9,), daemon=True).start()" + ANSWER,
+    "memory bomb": "x = bytearray(2**30)" + ANSWER,
     "endless loop": "while True: pass",
     "9**9**9": "x = 9**9**9",
     "ignored signals": "import signal\nfor n in range(1, 65):\n  try: signal.signal(n, "
     "signal.SIG_IGN)\n  except Exception: pass\nwhile True: pass",
-    "write outside": "open('/var/tmp/x', 'w').write('x')",
-    "network": "import socket; socket.create_connection(('127.0.0.1', 80), timeout=1)",
-    "environment, /proc, tests": "import os\nopen('/proc/1/environ').read()",
-    "kill the parent": "import os\nos.kill(os.getppid(), 9)",
-    "ptrace": "import ctypes\nif ctypes.CDLL(None).ptrace(16, 1, 0, 0): raise OSError",
+    "write outside": "open('/var/tmp/x', 'w').write('x')" + ANSWER,
+    "network": "import socket; socket.socket()" + ANSWER,
+    "environment, by /proc": "open('/proc/self/environ').read()" + ANSWER,
+    "kill the parent": "import os\nos.kill(os.getppid(), 9)" + ANSWER,
+    "ptrace": "import ctypes\nif ctypes.CDLL(None).ptrace(0, 0, 0, 0): raise OSError" + ANSWER,
     "200 MB of output": "print('x' * 200_000_000)" + LOOP_ALL,
     "flooded results": "import os\nwhile True: os.write(3, b'=\"4\"\\n' * 9999)",
     "sys.exit(0)": "import sys; sys.exit(0)",
