@@ -228,16 +228,14 @@ def _sandbox_lines(data: Json) -> list[str]:
         "Programs a second, each in a process of its own, beside the machine's other work (load "
         f"{data['load']}); processor time is that of all the sandbox's processes, start included:",
         "",
-        "| sandbox level | one server | two servers | processor ms a program | so on two free "
-        "cores |",
-        "|---|---|---|---|---|",
+        "| sandbox level | one server | two servers | processor ms a program |",
+        "|---|---|---|---|",
     ]
     for row in data["sandbox"]:
         if not row["is_reached"]:
-            lines.append(f"| {row['level']} | not reached | | | |")
+            lines.append(f"| {row['level']} | not reached | | |")
             continue
-        free = 2e3 / row["cpu_ms"]
-        rates = f"{row['one']:.0f} | {row['two']:.0f} | {row['cpu_ms']:.1f} | {free:.0f}"
+        rates = f"{row['one']:.0f} | {row['two']:.0f} | {row['cpu_ms']:.1f}"
         lines.append(f"| {row['level']} | {rates} |")
     return [*lines, ""]
 

@@ -3,10 +3,11 @@
     score("no commas here", instruction_id_list=["punctuation:no_comma"], kwargs=[{}])
 
 Every instruction must hold. A response shorter than `min_words` fails whatever is asked, since
-silence breaks few rules (a single space passes 26.5% of IFEval's checks); the few instructions that
-one word may follow say so themselves. `loose` is IFEval's other way of counting: an instruction
-holds if it does for the response without its first line, its last, its asterisks, or any of these
-together, so that an introduction costs nothing. It is for comparison: what is rewarded is written.
+silence breaks few rules (a single space follows 190 of the 834 instructions in IFEval's rows); the
+few instructions that one word may follow say so themselves. `loose` is IFEval's other way of
+counting: an instruction holds if it does for the response without its first line, its last, its
+asterisks, or any of these together, so that an introduction costs nothing. It is for comparison:
+what is rewarded is written.
 """
 
 from __future__ import annotations
