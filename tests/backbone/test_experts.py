@@ -205,14 +205,15 @@ def test_a_token_has_the_same_bits_wherever_others_go(dtype: torch.dtype) -> Non
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("serving", [Serving(LIMIT), Serving(LIMIT, True, True)])
+@pytest.mark.parametrize("num_tokens", [1, 5, ROWS])
 @torch.no_grad()
-def test_a_block_of_tokens_has_the_same_bits_alone_and_among_others(
-    serving: Serving, dtype: torch.dtype
+def test_few_tokens_have_the_same_bits_alone_and_among_others(
+    num_tokens: int, serving: Serving, dtype: torch.dtype
 ) -> None:
     p = draw((64, 96, 64, 8, 2), dtype=dtype)
     x = fake_fp8_activation(p.x) if serving.rounds_inputs else p.x
     wanted = served(x, p.weight, p.gate_up_proj, p.down_proj, p.expert, serving)
-    for rows in torch.randperm(64, generator=torch.Generator().manual_seed(1)).split(ROWS):
+    for rows in torch.randperm(64, generator=torch.Generator().manual_seed(1)).split(num_tokens):
         args = x[rows], p.weight[rows], p.gate_up_proj, p.down_proj, p.expert[rows], serving
         assert torch.equal(served(*args), wanted[rows])
 

@@ -60,11 +60,16 @@ def test_threads_change_no_token(
         assert rollout.response == wanted[key].response[:5]
 
 
-def test_samples_of_one_prompt_read_it_once_and_are_as_if_alone(model: Any) -> None:
-    """Ten samples in three slots, greedy tokens for the logits' sake, a stranger between them."""
-    base, other = make_requests(2, longest=60, seed=3, max_new_tokens=8)
-    samples = [replace(base, sample=n, max_new_tokens=3 + n) for n in range(10)]
-    asked = [*samples[:6], replace(other, prompt_id="other"), *samples[6:]]
+def alone(model: Any, asked: list[Request]) -> dict[Any, Rollout]:
+    """Each by itself, in one slot."""
+    found: dict[Any, Rollout] = {}
+    for request in asked:
+        found |= run(model, [request], 1)
+    return found
+
+
+def counted(model: Any, asked: list[Request], num_slots: int) -> tuple[dict[Any, Rollout], int]:
+    """Their rollouts, and how many tokens of prompts were read for them."""
     fed: list[int] = []
 
     class Counting(V4Slots):
@@ -72,13 +77,29 @@ def test_samples_of_one_prompt_read_it_once_and_are_as_if_alone(model: Any) -> N
             fed.extend(len(ids) for _, ids in reading)
             return super().step(live, reading, **options)
 
-    alone = {}
-    for request in asked:
-        alone |= run(model, [request], 1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("posttrain.rollout.engine.V4Slots", Counting)
-        assert run(model, asked, 3) == alone
-    assert sum(fed) <= len(base.prompt) + len(other.prompt)
+        return run(model, asked, num_slots), sum(fed)
+
+
+def test_samples_of_one_prompt_read_it_once_and_are_as_if_alone(model: Any) -> None:
+    """Ten samples in three slots, greedy tokens for the logits' sake, a stranger between them."""
+    base, other = make_requests(2, longest=60, seed=3, max_new_tokens=8)
+    samples = [replace(base, sample=n, max_new_tokens=3 + n) for n in range(10)]
+    asked = [*samples[:6], replace(other, prompt_id="other"), *samples[6:]]
+    found, num_read = counted(model, asked, 3)
+    assert found == alone(model, asked)
+    assert num_read <= len(base.prompt) + len(other.prompt)
+
+
+def test_a_row_that_waits_for_its_prompt_is_moved_and_still_does_not_read_it(model: Any) -> None:
+    """The last two of 18 slots share a prompt of five chunks; the others end at once."""
+    asked = make_requests(16, longest=4, seed=4, max_new_tokens=1)
+    prompt = [3 + (7 * i) % 30 for i in range(5 * COLUMNS)]
+    long = [Request("long", prompt, sample=n, max_new_tokens=6) for n in range(2)]
+    found, num_read = counted(model, [*asked, *long], 18)
+    assert found == alone(model, [*asked, *long])
+    assert num_read <= sum(len(request.prompt) for request in asked) + len(prompt)
 
 
 def test_a_long_prompt_stalls_nobody(model: Any) -> None:
@@ -127,7 +148,4 @@ def test_a_prompt_that_is_copied_is_whole(model: Any) -> None:
     """One slot, so no other row makes the cache look as far as this prompt goes."""
     prompt = [3 + (7 * i) % 30 for i in range(300)]
     asked = [replace(make_requests(1)[0], prompt=prompt, sample=n) for n in range(3)]
-    alone = {}
-    for request in asked:
-        alone |= run(model, [request], 1)
-    assert run(model, asked, 1) == alone
+    assert run(model, asked, 1) == alone(model, asked)
