@@ -106,11 +106,12 @@ def _chunk(
     logits_RV = _logits(hidden_NH[rows], Head(weight_VH, bias_V, scale), dtype, temperature)
     logp_RV = logits_RV.log_softmax(dim=-1)
     value_nR: list[Tensor] = []
-    for hidden_NH, head in teachers:
-        logq_RV = _logits(hidden_NH[rows], head, dtype, temperature).log_softmax(dim=-1)
+    for other_NH, head in teachers:
+        logq_RV = _logits(other_NH[rows], head, dtype, temperature).log_softmax(dim=-1)
         value_nR.append(measure(logp_RV, logq_RV, sampled_N[rows, None]))
     entropy_R = -torch.linalg.vecdot(logp_RV.detach().exp(), logp_RV.detach())
-    return torch.stack(value_nR, dim=-1), entropy_R, logits_RV.detach().double().logsumexp(dim=-1)
+    logsumexp_R = (logits_RV[:, 0] - logp_RV[:, 0]).detach().double()  # without another pass over V
+    return torch.stack(value_nR, dim=-1), entropy_R, logsumexp_R
 
 
 def _logits(hidden_RH: Tensor, head: Head, dtype: torch.dtype, temperature: float) -> Tensor:

@@ -1,118 +1,44 @@
 """One training step against a dense loop over unpadded rows, and what must not change it."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from small_steps import (
+    CODE,
+    MATHS,
+    MIXTURES,
+    SHARES,
+    TEACHERS,
+    VOCAB,
+    Models,
+    Update,
+    descent,
+    examples,
+    mixed,
+    scored,
+    small_models,
+)
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from distill.balance import Denominator
-from distill.batch import Example, ScoredExample
+from distill.batch import Example
 from distill.causal_lm import head_weight
 from distill.divergences import Kind
 from distill.learner import Learner
-from distill.mesh import Mesh
 from posttrain.backbone.auxiliary import scale_own_losses
 from posttrain.errors import CheckpointError
-
-VOCAB = 40
-Models = Callable[[], tuple[Any, dict[str, Any]]]
-"""Makes a student and its teachers."""
 
 Measure = Callable[[Tensor, Tensor, int], Tensor]
 """(logp_V, logq_V, the token that was sampled) -> a token's divergence."""
 
-SHARES = {"code": 1.0, "mathematics": 3.0}
-TEACHERS = {"code": "teacher/code", "mathematics": "teacher/mathematics"}
 
-# (domain, length of the row, positions that predict an own token): multi-turn rows have gaps
-ROWS = (
-    ("code", 9, [4, 5, 6, 7, 8]),
-    ("mathematics", 14, [2, 3, 4, 9, 10, 13]),
-    ("code", 5, [3, 4]),
-    ("mathematics", 3, [2]),
-    ("code", 12, [1, 2, 3, 10, 11]),
-)
-
-
-def examples() -> list[Example]:
-    generator = torch.Generator().manual_seed(5)
-
-    def tokens(number: int) -> list[int]:
-        return torch.randint(3, VOCAB, (number,), generator=generator).tolist()
-
-    return [
-        Example(
-            domain,
-            {TEACHERS[domain]: 1.0},
-            tokens(length),
-            positions,
-            sampled=tokens(len(positions)),
-            sampler_logp=[-0.5 * place for place in positions],
-        )
-        for domain, length, positions in ROWS
-    ]
-
-
-@torch.no_grad()
-def scored(rows: Iterable[Example], teachers: dict[str, Any]) -> list[ScoredExample]:
-    """Each row read by its teacher alone, without padding."""
-    return [
-        ScoredExample(
-            row,
-            {
-                name: teachers[name]
-                .base_model(torch.tensor([row.input_ids]))
-                .last_hidden_state[0, row.positions]
-                for name in row.teachers
-            },
-        )
-        for row in rows
-    ]
-
-
-def descent(rate: float = 1.0) -> Callable[[Any], torch.optim.Optimizer]:
-    """Plain gradient descent: at rate 1 an update is the gradient."""
-    return lambda model: torch.optim.SGD(model.parameters(), lr=rate)
-
-
-class Update:
-    """What one step does to a model: with plain gradient descent at rate 1, its gradients."""
-
-    def __init__(
-        self,
-        model: Any,
-        teachers: dict[str, Any],
-        rows: Sequence[Example],
-        *,
-        rows_per_microbatch: int = 2,
-        tokens_per_microbatch: int | None = None,
-        denominator: Denominator = "domain",
-        divergence: Kind = "reverse_kl",
-        mesh: Mesh | None = None,
-    ) -> None:
-        before = {name: p.detach().clone() for name, p in model.named_parameters()}
-        learner = Learner(
-            model,
-            descent(),
-            mesh=mesh,
-            shares=SHARES,
-            head=lambda name: teachers[name].get_output_embeddings().weight,
-            denominator=denominator,
-            divergence=divergence,
-            beta=0.3,
-            top_k=3,
-            temperature=0.8,
-            rows_per_microbatch=rows_per_microbatch,
-            tokens_per_microbatch=tokens_per_microbatch,
-            max_grad_norm=1e9,
-        )
-        self.metrics = learner.step(scored(rows, teachers))
-        after = learner.weights()
-        self.gradients = {name: p - after[name] for name, p in before.items()}
+@pytest.fixture
+def models(make_model: Callable[..., Any]) -> Models:
+    return small_models(make_model)
 
 
 def assert_same_update(found: Update, wanted: Update) -> None:
@@ -121,20 +47,6 @@ def assert_same_update(found: Update, wanted: Update) -> None:
     assert found.metrics.keys() == wanted.metrics.keys()
     for name, value in wanted.metrics.items():
         torch.testing.assert_close(found.metrics[name], value, rtol=1e-4, atol=1e-7)
-
-
-@pytest.fixture
-def models(make_model: Callable[..., Any]) -> Models:
-    """A student and two teachers, one of them of another hidden size; the same at each call."""
-
-    def make() -> tuple[Any, dict[str, Any]]:
-        teachers = {
-            TEACHERS["code"]: make_model(1, VOCAB),
-            TEACHERS["mathematics"]: make_model(2, VOCAB, hidden_size=48),
-        }
-        return make_model(0, VOCAB), teachers
-
-    return make
 
 
 def reverse_kl(logp: Tensor, logq: Tensor, token: int) -> Tensor:
@@ -220,24 +132,6 @@ def test_a_step_equals_a_dense_loop_over_unpadded_rows(models: Models, kind: Kin
         torch.testing.assert_close(update.gradients[name], gradient, rtol=1e-4, atol=2e-6)
 
 
-CODE, MATHS = TEACHERS.values()
-MIXTURES: dict[str, list[dict[str, float]]] = {
-    # a mixture by row: one teacher, two, two with other weights
-    "several teachers": [
-        {CODE: 1.0}, {MATHS: 1.0}, {CODE: 0.7, MATHS: 0.3}, {CODE: 0.2, MATHS: 0.8}, {MATHS: 1.0},
-    ],
-    # KL to the teachers, which sum to 1, and 0.3 KL to the base, here the other teacher
-    "held back by the base": [
-        {CODE: 1.0, MATHS: 0.3}, {CODE: 0.3, MATHS: 1.0}, {CODE: 1.0, MATHS: 0.3},
-        {CODE: 0.3, MATHS: 1.0}, {CODE: 1.0, MATHS: 0.3},
-    ],
-}  # fmt: skip
-
-
-def mixed(name: str) -> list[Example]:
-    return [replace(r, teachers=m) for r, m in zip(examples(), MIXTURES[name], strict=True)]
-
-
 @pytest.mark.parametrize("name", MIXTURES)
 @pytest.mark.parametrize("rows_per_microbatch", [2, 5])
 def test_a_step_of_several_teachers_equals_a_dense_loop(
@@ -309,27 +203,6 @@ def test_a_student_that_is_its_teachers_stays_as_it_is(models: Models) -> None:
     # the indexer learns from attention, not from the teacher
     found = {name: g for name, g in update.gradients.items() if "indexer" not in name}
     assert all(gradient.abs().max() < 1e-5 for gradient in found.values())
-
-
-def test_metrics_by_domain_add_up_to_the_loss(models: Models) -> None:
-    metrics = Update(*models(), examples()).metrics
-    loss = 0.25 * metrics["kl/code"] + 0.75 * metrics["kl/mathematics"]
-    torch.testing.assert_close(metrics["loss"], loss, rtol=1e-6, atol=0)
-    for name in ("share", "token_share", "grad_share"):
-        shares = metrics[f"{name}/code"] + metrics[f"{name}/mathematics"]
-        torch.testing.assert_close(shares, torch.ones_like(shares), rtol=1e-12, atol=0)
-    assert metrics["token_share/code"] == 12 / 19
-    assert (metrics["tokens/code"], metrics["tokens/mathematics"]) == (12, 7)
-    assert 0 < metrics["entropy/code"] < torch.tensor(VOCAB).log()
-
-
-def test_a_domain_absent_from_a_step_leaves_its_share_to_the_others(
-    models: Models,
-) -> None:
-    rows = [row for row in examples() if row.domain == "code"]
-    metrics = Update(*models(), rows).metrics
-    torch.testing.assert_close(metrics["loss"], metrics["kl/code"], rtol=1e-6, atol=0)
-    assert "kl/mathematics" not in metrics
 
 
 def test_the_gradient_is_clipped_to_its_norm_and_the_rate_follows_the_schedule(
@@ -441,71 +314,6 @@ def test_shares_that_are_given_later_count_like_the_first(models: Models) -> Non
     after = learner.weights()
     for name, gradient in wanted.gradients.items():
         torch.testing.assert_close(before[name] - after[name], gradient, rtol=1e-4, atol=5e-6)
-
-
-OFFSETS = (0.0, 0.25, -0.5, 1.0, -0.125, 0.0, 2.0)
-"""By how much, token after token, a sampler was surer than the student."""
-
-
-@torch.no_grad()
-def sampled_by_another(model: Any, rows: Sequence[Example]) -> list[Example]:
-    """The rows with the log-probabilities of a sampler that differs by OFFSETS in each row."""
-    found: list[Example] = []
-    for row in rows:
-        logits_SV = model(torch.tensor([row.input_ids])).logits[0].double()
-        logp_SV = (logits_SV / 0.8).log_softmax(dim=-1)
-        own = [logp_SV[p, t].item() for p, t in zip(row.positions, row.sampled, strict=True)]
-        offsets = OFFSETS[: len(own)]
-        found.append(replace(row, sampler_logp=[p + o for p, o in zip(own, offsets, strict=True)]))
-    return found
-
-
-@pytest.mark.parametrize("rows_per_microbatch", [1, 5])
-def test_mean_and_largest_log_ratio_of_the_sampled_tokens_by_hand(
-    models: Models, rows_per_microbatch: int
-) -> None:
-    # code has rows of 5, 2 and 5 own tokens: |offsets| sum to 1.875 + 0.25 + 1.875 = 4 over 12;
-    # mathematics 6 and 1: 1.875 + 0 over 7; the largest is 1 in both, the 2.0 belongs to a 7th
-    model, teachers = models()
-    rows = sampled_by_another(model, examples())
-    metrics = Update(model, teachers, rows, rows_per_microbatch=rows_per_microbatch).metrics
-    wanted = {
-        "sampler_gap/code": 4 / 12,
-        "sampler_gap/mathematics": 1.875 / 7,
-        "sampler_gap": 5.875 / 19,
-        "sampler_gap_max/code": 1.0,
-        "sampler_gap_max/mathematics": 1.0,
-        "sampler_gap_max": 1.0,
-    }
-    found = {name: metrics[name].item() for name in wanted}
-    assert found == pytest.approx(wanted, rel=1e-4)
-
-
-def test_what_teachers_sampled_is_learned_alike_and_logged_apart(models: Models) -> None:
-    rows = mixed("several teachers")
-    is_taught = [True, False, False, True, False]
-    marked = [replace(r, by_teacher=t) for r, t in zip(rows, is_taught, strict=True)]
-    plain, found = Update(*models(), rows), Update(*models(), marked)
-    for name, gradient in plain.gradients.items():
-        assert torch.equal(found.gradients[name], gradient)
-    assert found.metrics["loss"] == plain.metrics["loss"]
-    # of code (5 own tokens, then 2 and 5) the first row is the teacher's; of mathematics (6, 1) the
-    # second: what a domain's rows are alone is what is logged of them
-    alone = {t: Update(*models(), [r for r in marked if r.by_teacher == t]) for t in (False, True)}
-    for domain in SHARES:
-        for prefix, t in (("", False), ("off_policy_", True)):
-            for name in ("kl", "entropy", "tokens"):
-                ours = found.metrics[f"{prefix}{name}/{domain}"]
-                torch.testing.assert_close(ours, alone[t].metrics[f"{prefix}{name}/{domain}"])
-    assert "kl/code" not in alone[True].metrics
-    assert "off_policy_kl/code" not in alone[False].metrics
-    assert (found.metrics["tokens/code"], found.metrics["off_policy_tokens/code"]) == (7, 5)
-    for name in ("sampler_gap", "sampler_gap_max", f"kl/code/{CODE}", f"kl/code/{MATHS}"):
-        torch.testing.assert_close(found.metrics[name], alone[False].metrics[name])
-    assert f"kl/mathematics/{MATHS}" in plain.metrics
-    assert f"kl/mathematics/{MATHS}" not in found.metrics  # the one row of both is the teacher's
-    for name in ("share/code", "grad_share/code", "token_share/code"):
-        torch.testing.assert_close(found.metrics[name], plain.metrics[name])
 
 
 def test_a_warmup_minimises_the_forward_kl(models: Models) -> None:
