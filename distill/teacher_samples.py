@@ -56,9 +56,8 @@ class TeacherSamples:
 
     def _answers(self, domain: str, mixture: Mixture) -> list[Rollout]:
         weights = {mixture: 1.0} if isinstance(mixture, str) else dict(mixture)
-        key = hashlib.sha256(json.dumps([domain, weights], sort_keys=True).encode()).hexdigest()[
-            :16
-        ]
+        taught = json.dumps([domain, weights], sort_keys=True)
+        key = hashlib.sha256(taught.encode()).hexdigest()[:16]
         if key not in self._kept:
             path = self._folder / f"{key}.jsonl"
             if not path.exists():

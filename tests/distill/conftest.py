@@ -1,4 +1,4 @@
-"""Small V4 checkpoints of different weights, written once, and distillations of them; `killed` is
+"""Small V4 checkpoints of different weights, written once; the modules beside this one are
 importable by name."""
 
 import json
@@ -10,8 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-from distill.config import OpdStage
-from distill.opd import work
 from posttrain.backbone import V4ForCausalLM, preset_config
 from posttrain.checkpoints import save_checkpoint
 from posttrain.job import Job
@@ -79,64 +77,3 @@ def make_job(stages: dict[str, Path], tmp_path: Path) -> Callable[[str], Job]:
         return Job(out, stages, tmp_path, seed=0, num_threads=1, metrics=metrics)
 
     return make
-
-
-def opd_stage(**distill: Any) -> OpdStage:
-    """Two domains, four steps of six prompts, and what is given."""
-    return OpdStage.model_validate(
-        {
-            "domains": [
-                {
-                    "name": domain,
-                    "data": {"jsonl": f"{domain}.jsonl"},
-                    "reward": "exact",
-                    "max_new_tokens": 4,
-                }
-                for domain in DOMAINS
-            ],
-            "distill": {
-                "num_steps": 4,
-                "prompts_per_step": 6,
-                "num_slots": 4,
-                "rows_per_microbatch": 4,
-                "checkpoint_every": 2,
-                "optimizer": {"learning_rate": 1e-3, "warmup_steps": 1, "schedule": "linear"},
-                **distill,
-            },
-            "teachers": {domain: f"specialist/{domain}" for domain in DOMAINS},
-        }
-    )
-
-
-@pytest.fixture(scope="session")
-def make_stage() -> Callable[..., OpdStage]:
-    """`make_stage(max_staleness=1)`: fields of `distill`."""
-    return opd_stage
-
-
-@pytest.fixture
-def killed(monkeypatch: pytest.MonkeyPatch) -> Callable[[OpdStage, Job, int], None]:
-    """`killed(stage, job, step)`: distils until it would log the step, and dies there."""
-    log = Metrics.log
-
-    def run(stage: OpdStage, job: Job, at: int) -> None:
-        def dies(metrics: Metrics, step: int, total: int, **values: float | int | str) -> None:
-            if step == at:
-                raise KeyboardInterrupt
-            log(metrics, step, total, **values)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(Metrics, "log", dies)
-            with pytest.raises(KeyboardInterrupt):
-                work(stage, job)
-
-    return run
-
-
-@pytest.fixture(scope="session")
-def without_time() -> Callable[[Job], list[dict[str, Any]]]:
-    """`without_time(job)`: what it logged, but for the seconds."""
-    return lambda job: [
-        {name: value for name, value in record.items() if name != "seconds"}
-        for record in job.metrics.records()
-    ]

@@ -6,13 +6,12 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-import torch
 from pydantic import ValidationError
+from small_runs import assert_same_run, opd_stage, work_until
 
 from distill.allocation import GapDeal, bounded_shares, completed, smoothed
-from distill.config import DistillConfig, OpdStage
+from distill.config import DistillConfig
 from distill.opd import work
-from posttrain.checkpoints import load_model
 from posttrain.job import Job
 
 DOMAINS: tuple[str, ...] = ("a", "b", "c")
@@ -118,12 +117,9 @@ def test_more_prompts_are_refused_where_they_would_be_more_loss() -> None:
 def test_a_killed_run_deals_the_prompts_that_a_straight_one_deals(
     depth: int,
     make_job: Callable[[str], Job],
-    make_stage: Callable[..., OpdStage],
-    killed: Callable[[OpdStage, Job, int], None],
-    without_time: Callable[[Job], list[dict[str, Any]]],
 ) -> None:
     how = {"by": "kl", "floor": 0.2, "ceiling": 1.8, "smoothing": 0.0}
-    asked = make_stage(
+    asked = opd_stage(
         allocation=how,
         max_staleness=depth,
         prompts_per_step=10,
@@ -132,12 +128,9 @@ def test_a_killed_run_deals_the_prompts_that_a_straight_one_deals(
     )
     straight, broken = make_job("straight"), make_job("killed")
     work(asked, straight)
-    killed(asked, broken, 4)
+    work_until(asked, broken, 4)
     work(asked, broken)
-    assert without_time(broken) == without_time(straight)
-    wanted = load_model(straight.out / "checkpoint").state_dict()
-    found = load_model(broken.out / "checkpoint").state_dict()
-    assert all(torch.equal(tensor, wanted[name]) for name, tensor in found.items())
+    assert_same_run(broken, straight)
     records = straight.metrics.records()
     dealt = [[record[f"prompts/{name}"] for name in ("mathematics", "code")] for record in records]
     assert dealt[: depth + 1] == [[5, 5]] * (depth + 1)

@@ -6,14 +6,12 @@ from functools import partial
 from typing import Any
 
 import pytest
-import torch
+from small_runs import assert_same_run, opd_stage, work_until
 
 from distill.batch import example_from_rollout
-from distill.config import OpdStage
 from distill.endings import describe_endings, learned_until, loop_start
 from distill.kept_rollouts import KeptRollouts
 from distill.opd import work
-from posttrain.checkpoints import load_model
 from posttrain.job import Job
 from posttrain.rollout.types import Rollout
 
@@ -113,20 +111,14 @@ def test_endings_are_counted_by_domain_by_hand() -> None:
 
 def test_a_killed_run_drops_what_a_straight_one_drops(
     make_job: Callable[[str], Job],
-    make_stage: Callable[..., OpdStage],
-    killed: Callable[[OpdStage, Job, int], None],
-    without_time: Callable[[Job], list[dict[str, Any]]],
 ) -> None:
-    asked = make_stage(endings={"truncated": "drop", "looped": "mask", "loop_window": 4})
+    asked = opd_stage(endings={"truncated": "drop", "looped": "mask", "loop_window": 4})
     straight, broken = make_job("straight"), make_job("killed")
     work(asked, straight)
-    killed(asked, broken, 4)
+    work_until(asked, broken, 4)
     sampled = KeptRollouts(broken.out / "rollouts").find(3)
     work(asked, broken)
-    assert without_time(broken) == without_time(straight)
-    wanted = load_model(straight.out / "checkpoint").state_dict()
-    found = load_model(broken.out / "checkpoint").state_dict()
-    assert all(torch.equal(tensor, wanted[name]) for name, tensor in found.items())
+    assert_same_run(broken, straight)
     assert sampled
     last = straight.metrics.records()[-1]
     for domain in ("mathematics", "code"):

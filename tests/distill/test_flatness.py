@@ -6,13 +6,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from pydantic import ValidationError
+from small_runs import assert_same_run, opd_stage, without_time, work_until
 
-from distill.config import DistillConfig, OpdStage
+from distill.config import DistillConfig
 from distill.flatness import describe_flatness, is_stopped, relative_slope, steepest
 from distill.opd import work
-from posttrain.checkpoints import load_model
 from posttrain.job import Job
 
 Records = list[dict[str, Any]]
@@ -76,11 +75,8 @@ def test_a_window_of_two_steps_and_a_slope_of_zero_are_refused() -> None:
 def test_a_flat_run_ends_early_and_killed_or_not_at_the_same_step(
     depth: int,
     make_job: Callable[[str], Job],
-    make_stage: Callable[..., OpdStage],
-    killed: Callable[[OpdStage, Job, int], None],
-    without_time: Callable[[Job], list[dict[str, Any]]],
 ) -> None:
-    asked = make_stage(
+    asked = opd_stage(
         early_stop={"max_slope": 1e9, "window": 3},
         num_steps=9,
         max_staleness=depth,
@@ -90,28 +86,23 @@ def test_a_flat_run_ends_early_and_killed_or_not_at_the_same_step(
     )
     straight, broken = make_job("straight"), make_job("killed")
     work(asked, straight)
-    killed(asked, broken, 3)
+    work_until(asked, broken, 3)
     work(asked, broken)
-    assert without_time(broken) == without_time(straight)
+    assert_same_run(broken, straight)
     records = straight.metrics.records()
     assert [record["step"] for record in records] == [0, 1, 2, 3]
     assert records[-1]["stopped"] == 1
     assert "score/macro" in records[-1]
     assert all("stopped" not in record for record in records[:-1])
-    wanted = load_model(straight.out / "checkpoint").state_dict()
-    found = load_model(broken.out / "checkpoint").state_dict()
-    assert all(torch.equal(tensor, wanted[name]) for name, tensor in found.items())
 
 
 def test_a_run_killed_after_it_stopped_takes_no_further_step(
     make_job: Callable[[str], Job],
-    make_stage: Callable[..., OpdStage],
     monkeypatch: pytest.MonkeyPatch,
-    without_time: Callable[[Job], list[dict[str, Any]]],
 ) -> None:
     job = make_job("killed")
     how = {"max_slope": 1e9, "window": 3}
-    asked = make_stage(early_stop=how, num_steps=9, checkpoint_every=3, max_staleness=1)
+    asked = opd_stage(early_stop=how, num_steps=9, checkpoint_every=3, max_staleness=1)
 
     def dies(*_: Any) -> None:
         raise KeyboardInterrupt

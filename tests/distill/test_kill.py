@@ -8,18 +8,15 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from killed import PHASES, run
+from small_runs import assert_same_run, opd_stage
 
 from distill.config import OpdStage
-from posttrain.checkpoints import load_model
 from posttrain.job import Job
-from posttrain.metrics import Metrics
 
 HOME = Path(__file__).resolve().parents[2]
 SEED = 0
@@ -41,11 +38,9 @@ def go_on(stage: OpdStage, job: Job, kill: tuple[str, int] | None = None) -> int
 @pytest.mark.parametrize("schedule", [{}, {"max_staleness": 1}], ids=["in turn", "ahead"])
 def test_a_run_killed_in_every_phase_comes_to_the_same_bits(
     make_job: Callable[[str], Job],
-    make_stage: Callable[..., OpdStage],
-    without_time: Callable[[Job], list[dict[str, Any]]],
     schedule: dict[str, Any],
 ) -> None:
-    stage, draw = make_stage(num_steps=5, **schedule), random.Random(SEED)
+    stage, draw = opd_stage(num_steps=5, **schedule), random.Random(SEED)
     straight, killed = make_job("straight"), make_job("killed")
     assert go_on(stage, straight) == 0
     calls = json.loads(straight.out.with_suffix(".calls").read_text())
@@ -56,17 +51,15 @@ def test_a_run_killed_in_every_phase_comes_to_the_same_bits(
         kill = phase, draw.randint(first, last)
         assert go_on(stage, killed, kill) == -signal.SIGKILL, kill
     assert go_on(stage, killed) == 0
-    assert_same(straight, killed, without_time)
+    assert_same(straight, killed)
 
 
 @pytest.mark.slow
 @pytest.mark.ray
 def test_two_ranks_killed_together_come_to_the_same_bits(
     make_job: Callable[[str], Job],
-    make_stage: Callable[..., OpdStage],
-    without_time: Callable[[Job], list[dict[str, Any]]],
 ) -> None:
-    stage = make_stage(learners={"num_ranks": 2}, num_rollout_workers=1)
+    stage = opd_stage(learners={"num_ranks": 2}, num_rollout_workers=1)
     straight, killed = make_job("straight"), make_job("killed")
     told: list[dict[str, Any]] = [
         {
@@ -80,7 +73,7 @@ def test_two_ranks_killed_together_come_to_the_same_bits(
     ]
     assert apart([told[0], {**told[1], "dies_at": 4}]) == -signal.SIGKILL
     assert apart([told[1]]) == 0
-    assert_same(straight, killed, without_time)
+    assert_same(straight, killed)
 
 
 def apart(jobs: list[dict[str, Any]]) -> int:
@@ -90,16 +83,9 @@ def apart(jobs: list[dict[str, Any]]) -> int:
     return subprocess.run(command, env=env, check=False).returncode
 
 
-def assert_same(
-    straight: Job, killed: Job, without_time: Callable[[Job], list[dict[str, Any]]]
-) -> None:
+def assert_same(straight: Job, killed: Job) -> None:
     """Weights, metrics and files, to the bit."""
-    wanted, found = (load_model(j.out / "checkpoint").state_dict() for j in (straight, killed))
-    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
-    one, other = (
-        replace(j, metrics=Metrics(j.metrics.path, stage="opd")) for j in (straight, killed)
-    )
-    assert without_time(other) == without_time(one)
+    assert_same_run(killed, straight)
     names = [  # what a kill leaves half written, `.tmp`, goes with the stage's end
         sorted(path.name for path in j.out.iterdir() if path.suffix != ".tmp")
         for j in (straight, killed)

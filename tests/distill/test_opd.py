@@ -5,17 +5,23 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from small_runs import (
+    DOMAINS,
+    assert_same_run,
+    assert_same_weights,
+    opd_stage,
+    without_time,
+    work_until,
+)
 from torch import nn
 
 from distill.batch import Example, ScoredExample
-from distill.config import OpdStage
 from distill.mesh import Mesh
 from distill.opd import work
 from distill.rollouts import read_along
@@ -28,60 +34,10 @@ from posttrain.errors import (
     TokenizerMismatch,
 )
 from posttrain.job import Job
-from posttrain.metrics import Metrics
 from posttrain.rollout.types import Request, Rollout
 
 HOME = Path(__file__).resolve().parents[2]
-DOMAINS: tuple[str, ...] = ("mathematics", "code")
 DOMAIN_TEACHERS = [f"specialist/{domain}" for domain in DOMAINS]
-
-
-def stage(*, teachers: Mapping[str, Any] | None = None, **distill: Any) -> OpdStage:
-    return OpdStage.model_validate(
-        {
-            "domains": [
-                {
-                    "name": domain,
-                    "data": {"jsonl": f"{domain}.jsonl"},
-                    "reward": "exact",
-                    "max_new_tokens": 4,
-                }
-                for domain in DOMAINS
-            ],
-            "distill": {
-                "num_steps": 4,
-                "prompts_per_step": 6,
-                "num_slots": 4,
-                "rows_per_microbatch": 4,
-                "checkpoint_every": 2,
-                "optimizer": {"learning_rate": 1e-3, "warmup_steps": 1, "schedule": "linear"},
-                **distill,
-            },
-            "teachers": teachers or {domain: f"specialist/{domain}" for domain in DOMAINS},
-        }
-    )
-
-
-def weights(job: Job) -> dict[str, torch.Tensor]:
-    return load_model(job.out / "checkpoint").state_dict()
-
-
-def without_time(job: Job) -> list[dict[str, Any]]:
-    return [{k: v for k, v in r.items() if k != "seconds"} for r in job.metrics.records()]
-
-
-class KilledAt(Metrics):
-    """Metrics of a run that dies when it would log a step."""
-
-    def __init__(self, path: Path, *, step: int) -> None:
-        super().__init__(path, stage="opd")
-        self.step = step
-
-    def log(self, step: int, total: int, **values: float | int | str) -> None:
-        """Dies, or logs."""
-        if step == self.step:
-            raise KeyboardInterrupt
-        super().log(step, total, **values)
 
 
 @pytest.mark.parametrize("schedule", [{}, {"max_staleness": 1}, {"max_staleness": 2}])
@@ -89,16 +45,11 @@ def test_a_killed_run_goes_on_to_the_same_bits(
     make_job: Callable[[str], Job], schedule: dict[str, Any]
 ) -> None:
     straight, killed = make_job("straight"), make_job("killed")
-    work(stage(**schedule), straight)
+    work(opd_stage(**schedule), straight)
     for step in (1, 4):  # before the first step checkpoint, and between two
-        metrics = KilledAt(killed.metrics.path, step=step)
-        with pytest.raises(KeyboardInterrupt):
-            work(stage(**schedule), replace(killed, metrics=metrics))
-    resumed = replace(killed, metrics=Metrics(killed.metrics.path, stage="opd"))
-    work(stage(**schedule), resumed)
-    wanted = weights(straight)
-    assert all(torch.equal(tensor, wanted[name]) for name, tensor in weights(killed).items())
-    assert without_time(resumed) == without_time(straight)
+        work_until(opd_stage(**schedule), killed, step)
+    work(opd_stage(**schedule), killed)
+    assert_same_run(killed, straight)
     left = {path.name for path in killed.out.iterdir()}
     assert left == {"checkpoint", "metrics.jsonl", "teachers.json", EDITED, RECORDED}
 
@@ -108,17 +59,15 @@ def test_a_step_learns_from_weights_that_many_versions_old(
     make_job: Callable[[str], Job], depth: int
 ) -> None:
     job = make_job("stale")
-    work(stage(max_staleness=depth), job)
+    work(opd_stage(max_staleness=depth), job)
     assert [r["staleness"] for r in job.metrics.records()] == [min(s, depth) for s in range(4)]
 
 
 def test_workers_with_copies_of_the_weights_change_no_bit(make_job: Callable[[str], Job]) -> None:
     one, other = make_job("colocated"), make_job("separate")
-    work(stage(num_steps=3), one)
-    work(stage(num_steps=3, num_rollout_workers=1), other)
-    wanted = weights(one)
-    assert all(torch.equal(tensor, wanted[name]) for name, tensor in weights(other).items())
-    assert without_time(one) == without_time(other)
+    work(opd_stage(num_steps=3), one)
+    work(opd_stage(num_steps=3, num_rollout_workers=1), other)
+    assert_same_run(other, one)
 
 
 @pytest.mark.ray
@@ -127,10 +76,12 @@ def test_roles_in_processes_of_their_own_change_no_bit(make_job: Callable[[str],
     here = [make_job(f"here{i}") for i in range(2)]
     apart = [make_job(f"apart{i}") for i in range(2)]
     for job, schedule in zip(here, schedules, strict=True):
-        work(stage(num_steps=3, **schedule), job)
+        work(opd_stage(num_steps=3, **schedule), job)
     told = [
         {
-            "stage": stage(num_steps=3, num_rollout_workers=1, **schedule).model_dump(mode="json"),
+            "stage": opd_stage(num_steps=3, num_rollout_workers=1, **schedule).model_dump(
+                mode="json"
+            ),
             "out": str(job.out),
             "inputs": {role: str(path) for role, path in job.inputs.items()},
             "folder": str(job.folder),
@@ -142,25 +93,23 @@ def test_roles_in_processes_of_their_own_change_no_bit(make_job: Callable[[str],
     here_first = {**os.environ, "PYTHONPATH": str(HOME)}
     subprocess.run([sys.executable, str(script), json.dumps(told)], check=True, env=here_first)
     for one, other in zip(here, apart, strict=True):
-        wanted = weights(one)
-        assert all(torch.equal(tensor, wanted[name]) for name, tensor in weights(other).items())
-        assert without_time(one) == without_time(other)
+        assert_same_run(other, one)
 
 
 def test_a_run_that_was_killed_after_its_last_save_does_nothing(
     make_job: Callable[[str], Job],
 ) -> None:
     job = make_job("done")
-    work(stage(num_steps=1), job)
+    work(opd_stage(num_steps=1), job)
     records = job.metrics.records()
-    work(stage(num_steps=1), job)
+    work(opd_stage(num_steps=1), job)
     assert job.metrics.records() == records
 
 
 def test_the_student_comes_closer_to_every_teacher(make_job: Callable[[str], Job]) -> None:
     job = make_job("learning")
     optimizer = {"name": "adamw", "learning_rate": 1e-2}
-    work(stage(num_steps=12, prompts_per_step=16, num_slots=16, optimizer=optimizer), job)
+    work(opd_stage(num_steps=12, prompts_per_step=16, num_slots=16, optimizer=optimizer), job)
     first, last = job.metrics.records()[0], job.metrics.records()[-1]
     for domain in DOMAINS:
         assert last[f"kl/{domain}"] < 0.5 * first[f"kl/{domain}"]
@@ -174,7 +123,7 @@ def test_several_teachers_and_the_base_are_read_and_logged_each(
         "mathematics": {"specialist/mathematics": 3, "specialist/code": 1},
         "code": "specialist/code",
     }
-    work(stage(num_steps=1, kl_to_base=0.5, start="base", teachers=teachers), job)
+    work(opd_stage(num_steps=1, kl_to_base=0.5, start="base", teachers=teachers), job)
     (found,) = job.metrics.records()
     maths = {name: found[f"kl/mathematics/{name}"] for name in (*DOMAIN_TEACHERS, "base")}
     assert maths["base"] == pytest.approx(0, abs=1e-6)  # where the student starts
@@ -188,8 +137,8 @@ def test_an_ablation_logs_what_it_minimises_beside_the_reverse_kl(
     make_job: Callable[[str], Job],
 ) -> None:
     whole, ablation = make_job("whole"), make_job("ablation")
-    work(stage(num_steps=1), whole)
-    work(stage(num_steps=1, divergence={"kind": "jsd", "beta": 0.9}), ablation)
+    work(opd_stage(num_steps=1), whole)
+    work(opd_stage(num_steps=1, divergence={"kind": "jsd", "beta": 0.9}), ablation)
     (wanted,), (found,) = whole.metrics.records(), ablation.metrics.records()
     for domain in DOMAINS:
         assert found[f"kl/{domain}"] == pytest.approx(wanted[f"kl/{domain}"], rel=1e-5)
@@ -220,11 +169,10 @@ def test_a_bad_gradient_leaves_the_weights_as_they_were_and_the_run_goes_on(
 ) -> None:
     short, skipping = make_job("short"), make_job("skipping")
     constant = {"learning_rate": 1e-3}
-    work(stage(num_steps=2, optimizer=constant), short)
+    work(opd_stage(num_steps=2, optimizer=constant), short)
     spikes({3})
-    work(stage(num_steps=3, optimizer=constant), skipping)
-    wanted = weights(short)
-    assert all(torch.equal(tensor, wanted[name]) for name, tensor in weights(skipping).items())
+    work(opd_stage(num_steps=3, optimizer=constant), skipping)
+    assert_same_weights(skipping, short)
     assert [r["updates_skipped"] for r in skipping.metrics.records()] == [0, 0, 1]
     assert skipping.metrics.records()[-1]["grad_norm"] is None
 
@@ -234,16 +182,15 @@ def test_bad_gradients_in_a_row_go_back_to_the_last_checkpoint_and_then_stop(
 ) -> None:
     short, job = make_job("short"), make_job("job")
     config: dict[str, Any] = {"optimizer": {"learning_rate": 1e-3}, "guard": {"max_skipped": 2}}
-    work(stage(num_steps=2, **config), short)
+    work(opd_stage(num_steps=2, **config), short)
     spikes({4, 5})  # step 3 is an update that is lost: the last checkpoint was after step 2
-    work(stage(num_steps=5, **config), job)
-    wanted = weights(short)
-    assert all(torch.equal(tensor, wanted[name]) for name, tensor in weights(job).items())
+    work(opd_stage(num_steps=5, **config), job)
+    assert_same_weights(job, short)
     assert [r["rolled_back"] for r in job.metrics.records()] == [0, 0, 0, 0, 1]
     again = make_job("again")
     spikes({2, 3, 4, 5})
     with pytest.raises(StageError, match=r"lower distill.optimizer.learning_rate"):
-        work(stage(num_steps=9, **config), again)
+        work(opd_stage(num_steps=9, **config), again)
     assert [r["step"] for r in again.metrics.records()] == [1, 2, 3, 4]
 
 
@@ -253,13 +200,11 @@ def test_a_run_killed_after_it_went_back_goes_on_to_the_same_bits(
     straight, killed = make_job("straight"), make_job("killed")
     config: dict[str, Any] = {"num_steps": 8, "guard": {"max_skipped": 2}}
     spikes({4, 5})
-    work(stage(**config), straight)
+    work(opd_stage(**config), straight)
     spikes({4, 5})
-    with pytest.raises(KeyboardInterrupt):
-        work(stage(**config), replace(killed, metrics=KilledAt(killed.metrics.path, step=8)))
-    work(stage(**config), killed)  # from step 6: nothing is bad there
-    wanted = weights(straight)
-    assert all(torch.equal(tensor, wanted[name]) for name, tensor in weights(killed).items())
+    work_until(opd_stage(**config), killed, 8)
+    work(opd_stage(**config), killed)  # from step 6: nothing is bad there
+    assert_same_weights(killed, straight)
     assert killed.metrics.records()[-1]["rolled_back"] == 1
 
 
@@ -268,14 +213,14 @@ def test_a_student_that_starts_as_its_teacher_has_nothing_to_learn(
 ) -> None:
     job = make_job("twin")
     teachers = dict.fromkeys(DOMAINS, "specialist/code")
-    work(stage(num_steps=1, start="specialist/code", teachers=teachers), job)
+    work(opd_stage(num_steps=1, start="specialist/code", teachers=teachers), job)
     assert job.metrics.records()[0]["loss"] == pytest.approx(0, abs=1e-6)
 
 
 def test_the_number_of_slots_changes_no_sampled_token(make_job: Callable[[str], Job]) -> None:
     few, many = make_job("few"), make_job("many")
-    work(stage(num_steps=1, num_slots=1), few)
-    work(stage(num_steps=1, num_slots=16), many)
+    work(opd_stage(num_steps=1, num_slots=1), few)
+    work(opd_stage(num_steps=1, num_slots=16), many)
     for one, other in zip(few.metrics.records(), many.metrics.records(), strict=True):
         lengths = {key for key in one if key.startswith(("length/", "tokens/", "truncated/"))}
         assert lengths
@@ -289,13 +234,11 @@ def test_a_resume_with_another_teacher_is_refused_by_name(
     job = make_job("swapped")
     shutil.copytree(stages["specialist/code"] / "checkpoint", tmp_path / "teacher")
     teachers = {"mathematics": "specialist/mathematics", "code": "teacher"}
-    killed = replace(job, metrics=KilledAt(job.metrics.path, step=4))
-    with pytest.raises(KeyboardInterrupt):
-        work(stage(teachers=teachers), killed)
+    work_until(opd_stage(teachers=teachers), job, 4)
     shutil.rmtree(tmp_path / "teacher")
     shutil.copytree(stages["base"] / "checkpoint", tmp_path / "teacher")
     with pytest.raises(CheckpointError, match="teacher 'teacher' is another than when this"):
-        work(stage(teachers=teachers), job)
+        work(opd_stage(teachers=teachers), job)
 
 
 def test_a_teacher_of_other_tokens_is_refused_before_any_step(
@@ -306,16 +249,15 @@ def test_a_teacher_of_other_tokens_is_refused_before_any_step(
     tokenizer.add_tokens(["a new word"])
     save_checkpoint(load_model(stages["base"] / "checkpoint"), tokenizer, folder)
     with pytest.raises(TokenizerMismatch, match="'a new word'"):
-        work(stage(teachers={"mathematics": "specialist/mathematics", "code": "teacher"}), job)
+        work(opd_stage(teachers={"mathematics": "specialist/mathematics", "code": "teacher"}), job)
     assert job.metrics.records() == []
 
 
 def test_scores_change_no_weight_and_count_the_tokens_seen(make_job: Callable[[str], Job]) -> None:
     plain, scored = make_job("plain"), make_job("scored")
-    work(stage(num_steps=3), plain)
-    work(stage(num_steps=3, evaluate_every=2, evaluate_prompts=2, evaluate_samples=3), scored)
-    wanted = weights(plain)
-    assert all(torch.equal(tensor, wanted[name]) for name, tensor in weights(scored).items())
+    work(opd_stage(num_steps=3), plain)
+    work(opd_stage(num_steps=3, evaluate_every=2, evaluate_prompts=2, evaluate_samples=3), scored)
+    assert_same_weights(scored, plain)
     records = {record["step"]: record for record in without_time(scored)}
     assert [step for step in records if "score/macro" in records[step]] == [0, 2, 3]
     assert records[0]["tokens_seen"] == 0
@@ -327,14 +269,11 @@ def test_scores_change_no_weight_and_count_the_tokens_seen(make_job: Callable[[s
 
 def test_a_killed_run_scores_again_to_the_same_numbers(make_job: Callable[[str], Job]) -> None:
     straight, killed = make_job("straight"), make_job("killed")
-    work(stage(evaluate_every=1), straight)
+    work(opd_stage(evaluate_every=1), straight)
     for step in (1, 4):
-        metrics = KilledAt(killed.metrics.path, step=step)
-        with pytest.raises(KeyboardInterrupt):
-            work(stage(evaluate_every=1), replace(killed, metrics=metrics))
-    resumed = replace(killed, metrics=Metrics(killed.metrics.path, stage="opd"))
-    work(stage(evaluate_every=1), resumed)
-    assert without_time(resumed) == without_time(straight)
+        work_until(opd_stage(evaluate_every=1), killed, step)
+    work(opd_stage(evaluate_every=1), killed)
+    assert without_time(killed) == without_time(straight)
 
 
 class Echo:
@@ -380,4 +319,4 @@ def test_narrow_teachers_beside_a_learner_that_samples_ahead_are_refused(
     make_job: Callable[[str], Job],
 ) -> None:
     with pytest.raises(InsufficientResources, match=r"raise cluster\.num_workers to 2"):
-        work(stage(max_staleness=1, teacher_dtype="bfloat16"), make_job("refused"))
+        work(opd_stage(max_staleness=1, teacher_dtype="bfloat16"), make_job("refused"))

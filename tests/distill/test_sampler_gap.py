@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from small_runs import opd_stage, work_until
 
 from distill.causal_lm import token_logp
-from distill.config import OpdStage
 from distill.kept_rollouts import KeptRollouts
 from distill.opd import work
 from distill.rollouts import token_versions
@@ -24,11 +24,11 @@ def test_a_tokens_logp_from_its_row_of_the_head_equals_the_whole_softmax() -> No
 
 
 def test_the_gap_is_rounding_where_the_sampler_is_the_student_and_more_where_it_is_older(
-    make_job: Callable[[str], Job], make_stage: Callable[..., OpdStage]
+    make_job: Callable[[str], Job],
 ) -> None:
     fresh, stale = make_job("fresh"), make_job("stale")
     for job, depth in ((fresh, 0), (stale, 1)):
-        work(make_stage(num_steps=2, max_staleness=depth), job)
+        work(opd_stage(num_steps=2, max_staleness=depth), job)
     gaps = [
         [record["sampler_gap_max"] for record in job.metrics.records()] for job in (fresh, stale)
     ]
@@ -40,16 +40,14 @@ def test_the_gap_is_rounding_where_the_sampler_is_the_student_and_more_where_it_
 @pytest.mark.parametrize(("depth", "num_workers"), [(0, 0), (1, 0), (2, 1)])
 def test_no_token_is_older_than_the_staleness_allows(
     make_job: Callable[[str], Job],
-    make_stage: Callable[..., OpdStage],
-    killed: Callable[[OpdStage, Job, int], None],
     depth: int,
     num_workers: int,
 ) -> None:
     job = make_job("stale")
-    asked = make_stage(
+    asked = opd_stage(
         max_staleness=depth, num_rollout_workers=num_workers, checkpoint_every=9, num_steps=5
     )
-    killed(asked, job, 5)
+    work_until(asked, job, 5)
     kept = KeptRollouts(job.out / "rollouts")
     for step in range(5):
         rollouts = kept.find(step)

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from small_runs import assert_same_run, opd_stage, work_until
 
-from distill.config import OpdStage
 from distill.kept_rollouts import KeptRollouts
 from distill.opd import work
 from posttrain.checkpoints import load_model
@@ -15,16 +15,7 @@ from posttrain.job import Job
 from posttrain.rollout.engine import Engine
 from posttrain.rollout.types import Rollout
 
-Stage = Callable[..., OpdStage]
-Killed = Callable[[OpdStage, Job, int], None]
 TAUGHT = {"share": 0.5, "warmup_steps": 1, "prompts_per_domain": 3}
-
-
-def assert_same(one: Job, other: Job, without_time: Callable[[Job], Any]) -> None:
-    assert without_time(one) == without_time(other)
-    wanted = load_model(other.out / "checkpoint").state_dict()
-    found = load_model(one.out / "checkpoint").state_dict()
-    assert all(torch.equal(tensor, wanted[name]) for name, tensor in found.items())
 
 
 def kept(job: Job, steps: range) -> list[Rollout]:
@@ -33,10 +24,10 @@ def kept(job: Job, steps: range) -> list[Rollout]:
 
 
 def test_a_teachers_answers_are_its_own_and_come_again(
-    make_job: Callable[[str], Job], make_stage: Stage, killed: Killed, stages: dict[str, Path]
+    make_job: Callable[[str], Job], stages: dict[str, Path]
 ) -> None:
     job = make_job("taught")
-    killed(make_stage(teacher_samples=TAUGHT, checkpoint_every=9, prompts_per_step=8), job, 4)
+    work_until(opd_stage(teacher_samples=TAUGHT, checkpoint_every=9, prompts_per_step=8), job, 4)
     rollouts = kept(job, range(4))
     by_teacher = [r for r in rollouts if r.sampled_by]
     # a warm-up step of 4 + 4 rows, and half of three more
@@ -57,17 +48,14 @@ def test_a_teachers_answers_are_its_own_and_come_again(
 def test_a_killed_run_learns_the_same_answers_to_the_same_bits(
     depth: int,
     make_job: Callable[[str], Job],
-    make_stage: Stage,
-    killed: Killed,
-    without_time: Callable[[Job], list[dict[str, Any]]],
 ) -> None:
-    asked = make_stage(teacher_samples=TAUGHT, max_staleness=depth)
+    asked = opd_stage(teacher_samples=TAUGHT, max_staleness=depth)
     straight, broken = make_job("straight"), make_job("killed")
     work(asked, straight)
-    killed(asked, broken, 1)
-    killed(asked, broken, 4)
+    work_until(asked, broken, 1)
+    work_until(asked, broken, 4)
     work(asked, broken)
-    assert_same(broken, straight, without_time)
+    assert_same_run(broken, straight)
     first, second, *_ = straight.metrics.records()
     assert {name for name in first if name.startswith(("kl", "prompts"))} == set()
     for domain in ("mathematics", "code"):
@@ -83,11 +71,9 @@ def test_a_killed_run_learns_the_same_answers_to_the_same_bits(
 
 def test_a_run_killed_while_a_teacher_answers_goes_on_from_its_tokens(
     make_job: Callable[[str], Job],
-    make_stage: Stage,
-    without_time: Callable[[Job], list[dict[str, Any]]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    asked = make_stage(teacher_samples=TAUGHT, num_steps=2, num_slots=2)
+    asked = opd_stage(teacher_samples=TAUGHT, num_steps=2, num_slots=2)
     straight, broken = make_job("straight"), make_job("killed")
     work(asked, straight)
     step = Engine.step
@@ -106,31 +92,31 @@ def test_a_run_killed_while_a_teacher_answers_goes_on_from_its_tokens(
     (journal,) = (broken.out / "rollouts" / "teachers").glob("*.journal")
     assert b"tokens" in journal.read_bytes()
     work(asked, broken)
-    assert_same(broken, straight, without_time)
+    assert_same_run(broken, straight)
 
 
 def test_a_mixtures_prompts_are_answered_by_each_of_its_teachers(
-    make_job: Callable[[str], Job], make_stage: Stage, killed: Killed
+    make_job: Callable[[str], Job],
 ) -> None:
     job = make_job("mixed")
     both = {"specialist/mathematics": 1.0, "specialist/code": 1.0}
-    asked = make_stage(
+    asked = opd_stage(
         teacher_samples={"share": 0.5, "prompts_per_domain": 8}, prompts_per_step=32
     ).model_copy(update={"teachers": {"mathematics": both, "code": "base"}})
-    killed(asked, job, 1)
+    work_until(asked, job, 1)
     by = {r.sampled_by for r in kept(job, range(1)) if r.domain == "mathematics"}
     assert by == {"", *both}
     assert {r.sampled_by for r in kept(job, range(1)) if r.domain == "code"} == {"", "base"}
 
 
 def test_teachers_answers_alone_bring_the_student_closer_on_its_own(
-    make_job: Callable[[str], Job], make_stage: Stage
+    make_job: Callable[[str], Job],
 ) -> None:
     plain, warm = make_job("plain"), make_job("warm")
     optimizer = {"name": "adamw", "learning_rate": 1e-2}
     size: dict[str, Any] = {"prompts_per_step": 16, "num_slots": 16, "optimizer": optimizer}
-    work(make_stage(num_steps=1, **size), plain)
-    work(make_stage(num_steps=11, teacher_samples={"warmup_steps": 10}, **size), warm)
+    work(opd_stage(num_steps=1, **size), plain)
+    work(opd_stage(num_steps=11, teacher_samples={"warmup_steps": 10}, **size), warm)
     before, after = plain.metrics.records()[0], warm.metrics.records()[-1]
     for domain in ("mathematics", "code"):
         assert after[f"kl/{domain}"] < 0.6 * before[f"kl/{domain}"]
