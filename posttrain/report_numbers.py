@@ -22,13 +22,14 @@ MERGED = ("average", "ties", "mixed", "opd")
 COMPARISONS = (
     ("sft", "base"),
     ("specialist", "sft"),
+    ("specialist", "grpo"),
     ("opd", "average"),
     ("opd", "ties"),
     ("opd", "mixed"),
     ("opd", "oracle"),
 )
-"""Pairs whose difference is reported; `sft` and `specialist` stand for a domain's own. Besides,
-distillation is compared with each of its ablations."""
+"""Pairs whose difference is reported; `sft`, `grpo` and `specialist` stand for a domain's own.
+Besides, distillation is compared with each of its ablations."""
 ABLATION = "opd/"
 """How the names of ablations begin."""
 
@@ -84,15 +85,15 @@ def compute_numbers(
 
 
 def ordered(names: Mapping[str, Any]) -> list[str]:
-    """Base, SFT, specialists, what else there is, ablations, the merged ones, the oracle."""
+    """Base, SFT, GRPO, specialists, what else there is, ablations, the merged ones, the oracle."""
     last = (*MERGED, "oracle")
 
     def rank(name: str) -> tuple[int, int]:
         if name in last:
-            return 4, last.index(name)
-        kinds = ("base", "sft", "specialist")
+            return 5, last.index(name)
+        kinds = ("base", "sft", "grpo", "specialist")
         kind = name.split("/")[0]
-        return (kinds.index(kind) if kind in kinds else 3), 0
+        return (kinds.index(kind) if kind in kinds else 4), 0
 
     return sorted(names, key=rank)
 

@@ -24,6 +24,7 @@ from posttrain.report_words import (
 GROUPS = (
     ("base", "Start"),
     ("sft", "After SFT on their own domain"),
+    ("grpo", "After GRPO on their own domain"),
     ("specialist", "Specialists"),
     ("teacher", "Teachers from elsewhere"),
     ("", "Merged"),
@@ -33,6 +34,7 @@ GROUPS = (
 DIFFERENCES = {
     "sft-base": "SFT over the base, own domain",
     "specialist-sft": "Specialist over its SFT, own domain",
+    "specialist-grpo": "Specialist over its GRPO, own domain",
     "opd-average": "OPD over the weight average",
     "opd-ties": "OPD over TIES",
     "opd-mixed": "OPD over mixed training",
@@ -43,6 +45,7 @@ OPD_PANELS = (
     ("entropy", "Entropy", "nats"),
     ("length", "Response length", "tokens"),
 )
+LOSSES = (("base", "base"), ("SFT by domain", "sft/"), ("Best of own answers", "best_of/"))
 NUM_PROMPTS_SHOWN = 2
 MARK = re.compile("(<[^<>]*｜[^<>]*>|</?think>|</?tool_result>)")
 """V4's control tokens inside a transcript."""
@@ -190,7 +193,7 @@ def curves(run: Run, domains: Sequence[str]) -> list[dict[str, Any]]:
     ]
     losses = [
         Panel(title, "", panel(lines, "loss"))
-        for title, start in (("base", "base"), ("SFT by domain", "sft/"))
+        for title, start in LOSSES
         if (lines := series_by_stage(run, start, "loss", domains))
     ]
     by_domain = legend(domains)

@@ -75,25 +75,60 @@ class LoraConfig(Config):
     """Adapt V4's routed experts too, which are parameters and no modules."""
 
 
-class SftConfig(SupervisedConfig):
-    """Supervised training on a domain's demonstrations."""
+class TuningConfig(SupervisedConfig):
+    """What SFT on demonstrations and on own answers share."""
 
     num_steps: int = Field(default=10, ge=1)
     """Optimizer steps."""
-    num_demonstrations: int | None = Field(default=None, ge=1)
-    """Demonstrations used of each domain, chosen from its train split by their hash; null: all."""
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=5e-4)
     """The optimizer and its schedule."""
     lora: LoraConfig | None = None
     """Train an adapter, which is the stage's result; teachers that adapt one base share it in
     memory. null: the whole model."""
     validation_share: float = Field(default=0.0, ge=0, lt=1)
-    """The share of the demonstrations, chosen by their prompts' hash, that are kept out of training
-    to choose the result by: the weights at the lowest loss on them. 0: the last weights."""
+    """The share of the rows, chosen by their prompts' hash, that are kept out of training to choose
+    the result by: the weights at the lowest loss on them. 0: the last weights."""
     validate_every: int = Field(default=10, ge=1)
     """Steps between two losses on them, logged as `validation_loss`; the last step has one too."""
     checkpoint_every: int = Field(default=20, ge=1)
     """Steps between two step checkpoints; a killed run loses at most that many."""
+
+
+class SftConfig(TuningConfig):
+    """Supervised training on a domain's demonstrations."""
+
+    num_demonstrations: int | None = Field(default=None, ge=1)
+    """Demonstrations used of each domain, chosen from its train split by their hash; null: all."""
+
+
+class BestOfConfig(TuningConfig):
+    """Supervised training on a specialist's own answers, the best of several to each prompt
+    (rejection sampling). The domain's last stage so far (`grpo`, `sft` or the base) answers."""
+
+    start: Literal["base", "specialist"] = "base"
+    """Who learns: the base, afresh (DeepSeek-R1), or the specialist that answered."""
+    num_prompts: int | None = Field(default=None, ge=1)
+    """Prompts that are answered, chosen from the domain's train split by their hash; null: all."""
+    samples_per_prompt: int = Field(default=8, ge=1)
+    """Answers sampled to each prompt."""
+    keep_per_prompt: int = Field(default=1, ge=1)
+    """The best so many different answers are learned, by reward, then the shorter first."""
+    min_reward: float = 1.0
+    """Answers with a lower reward are not learned; prompts that are left without one are counted.
+    Nor are answers that max_new_tokens cut."""
+    temperature: float = Field(default=1.0, gt=0)
+    """The sampling's temperature."""
+    num_slots: int = Field(default=128, ge=1)
+    """Answers that are decoded side by side."""
+
+    @model_validator(mode="after")
+    def no_more_are_kept_than_sampled(self) -> Self:
+        if self.keep_per_prompt > self.samples_per_prompt:
+            raise ValueError(
+                f"keep_per_prompt is {self.keep_per_prompt}, and samples_per_prompt only "
+                f"{self.samples_per_prompt}: lower the first or raise the second"
+            )
+        return self
 
 
 class LengthPenalty(Config):
@@ -261,6 +296,15 @@ class SftStage(Config):
     domains: list[DomainSpec] = Field(min_length=1)
     """Whose demonstrations are learned."""
     sft: SftConfig
+    """How."""
+
+
+class BestOfStage(Config):
+    """Supervised training of `start` on the best answers of `sampler`."""
+
+    domain: DomainSpec
+    """Whose prompts are answered."""
+    best_of: BestOfConfig
     """How."""
 
 

@@ -6,7 +6,7 @@ microbatches. Several domains give the SFT of the `mixed` baseline.
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,13 @@ from posttrain.errors import DataError
 from posttrain.job import Job
 from posttrain.tasks import Task
 from specialists import training
-from specialists.config import SftConfig, SftStage, SupervisedConfig
+from specialists.config import (
+    LoraConfig,
+    SftConfig,
+    SftStage,
+    SupervisedConfig,
+    TuningConfig,
+)
 from specialists.lora import load_with_adapter
 from specialists.rows import TokenRow, draw, sort_within_steps
 from specialists.trl_border import OurSFTTrainer
@@ -41,15 +47,17 @@ def work(config: SftStage, job: Job) -> None:
     """
     if not training.prepare(job):
         return
-    start, base = job.inputs["start"] / "checkpoint", None
+    start = job.inputs["start"] / "checkpoint"
     tokenizer = load_tokenizer(start)
-    if config.sft.lora:
-        model, base = load_with_adapter(start, config.sft.lora)
-    else:
-        model = load_model(start)
+    model, base = load_start(start, config.sft.lora)
     rows = {spec.name: demonstrations(spec, tokenizer, config.sft, job) for spec in config.domains}
     learned, kept = split_validation(rows, config.sft.validation_share)
     learn(model, tokenizer, learned, config=config.sft, job=job, validation=kept, base=base)
+
+
+def load_start(start: Path, lora: LoraConfig | None) -> tuple[Any, Path | None]:
+    """What is trained, and the checkpoint that it adapts; None where it is the whole model."""
+    return load_with_adapter(start, lora) if lora else (load_model(start), None)
 
 
 def split_validation(
@@ -99,7 +107,7 @@ def learn(
     config: SupervisedConfig,
     job: Job,
     weights: Sequence[float] | None = None,
-    facts: dict[str, int] | None = None,
+    facts: Mapping[str, float] | None = None,
     validation: Sequence[TokenRow] = (),
     base: Path | None = None,
 ) -> None:
@@ -112,7 +120,7 @@ def learn(
         config: steps, rows, optimizer.
         job: where to work.
         weights: one per source; null: equal.
-        facts: counts to log beside the number of rows.
+        facts: what to log beside the number of rows.
         validation: rows that choose the result; none: the last weights are it.
         base: what `model` is an adapter of.
     """
@@ -146,8 +154,8 @@ def build_trainer(
     validation: Sequence[TokenRow] = (),
 ) -> OurSFTTrainer:
     """A trainer for `data` (`input_ids`, `labels`) in its order, once."""
-    assert isinstance(config, SftConfig) or not validation
-    every = config.validate_every if isinstance(config, SftConfig) and validation else None
+    assert isinstance(config, TuningConfig) or not validation
+    every = config.validate_every if isinstance(config, TuningConfig) and validation else None
     shared = training.shared_arguments(
         job,
         num_steps=config.num_steps,

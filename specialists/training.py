@@ -10,7 +10,7 @@ A resumed run gives the same bits as an undisturbed one: the order of the rows i
 import logging
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -126,7 +126,7 @@ def run(
     tokenizer: Any,
     *,
     read_metrics: Callable[[], dict[str, float]] = dict,
-    facts: dict[str, int] | None = None,
+    facts: Mapping[str, float] | None = None,
     best: BestWeights | None = None,
     base: Path | None = None,
 ) -> None:
@@ -136,7 +136,7 @@ def run(
         trainer: made with `shared_arguments`.
         tokenizer: saved beside the weights.
         read_metrics: gives the last step's metrics beyond the trainer's own.
-        facts: counts logged once, as step 0.
+        facts: numbers logged once, as step 0.
         best: says which weights are the result; None: the last.
         base: the checkpoint that the trainer's model adapts; the result is an adapter then.
     """

@@ -14,7 +14,7 @@ from posttrain.config import Config
 from posttrain.domains import DomainSpec
 from posttrain.evaluate_config import EvaluateStage
 from posttrain.pipeline.stages import Stage
-from specialists.config import ExistingStage, GrpoStage, PretrainStage, SftStage
+from specialists.config import BestOfStage, ExistingStage, GrpoStage, PretrainStage, SftStage
 
 PARAMETERS = {"tiny": 1.1e6, "small": 25e6}
 
@@ -39,7 +39,8 @@ OVERHEAD_S = 2.0
 """Loading data and a checkpoint, and saving one."""
 
 HELD_OUT_PROMPTS = 128
-"""Held-out prompts of a domain where the recipe sets no limit."""
+TRAIN_PROMPTS = 1024
+"""Held-out prompts of a domain, and those to train on, where the recipe sets no limit."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,12 @@ def cost_of(config: Config) -> Cost:
     if isinstance(config, SftStage):
         rows = config.sft.num_steps * config.sft.rows_per_step
         return Cost(trained=rows * _row_tokens(config.domains))
+    if isinstance(config, BestOfStage):
+        best_of, specs = config.best_of, [config.domain]
+        answers = (best_of.num_prompts or TRAIN_PROMPTS) * best_of.samples_per_prompt
+        rows = best_of.num_steps * best_of.rows_per_step
+        sampled = answers * _response_tokens(specs)
+        return Cost(trained=rows * _row_tokens(specs), sampled=sampled)
     if isinstance(config, GrpoStage):
         rows = config.grpo.num_steps * config.grpo.rows_per_step
         sampled, row = _response_tokens(config.domains), _row_tokens(config.domains)

@@ -1,6 +1,6 @@
 """The recipe: everything a run is told, in one frozen pydantic model. Imports no torch.
 
-    base ──> sft/<domain> ──> grpo/<domain> ──> distill ──> evaluate ──> report
+    base ──> sft/<domain> ──> grpo/<domain> ──> best_of/<domain> ──> distill ──> evaluate ──> report
                        (a domain's last stage is its specialist, and its teacher)
 
 Paths inside a recipe are relative to the recipe's file. Reading one from YAML is recipe_file.py;
@@ -238,8 +238,8 @@ class Recipe(Config):
             if self.distill and not (domain.is_trained or name in self.teachers):
                 raise FieldError(
                     f"domains.{name.partition('@')[0]}",
-                    "there is no teacher for distill: give it sft or grpo, or a checkpoint under "
-                    f"teachers.{name}",
+                    "there is no teacher for distill: give it sft, grpo or best_of, or a "
+                    f"checkpoint under teachers.{name}",
                 )
         return self
 
@@ -272,7 +272,8 @@ class Recipe(Config):
             if merge in self.baselines and not trained:
                 raise FieldError(
                     "baselines",
-                    f"no domain has sft or grpo, so {merge} has nothing to merge: remove it",
+                    f"no domain has sft, grpo or best_of, so {merge} has nothing to merge: "
+                    "remove it",
                 )
         return self
 

@@ -7,7 +7,7 @@ from pydantic import Field, field_validator
 
 from posttrain.config import Config, Effort
 from posttrain.domains import DomainSpec
-from specialists.config import GrpoConfig, SftConfig
+from specialists.config import BestOfConfig, GrpoConfig, SftConfig
 
 
 class EffortConfig(Config):
@@ -29,6 +29,9 @@ class DomainConfig(DomainSpec):
     """Supervised training on the domain's demonstrations; null: none."""
     grpo: GrpoConfig | None = None
     """Reinforcement on the domain's reward, after `sft` if there is one; null: none."""
+    best_of: BestOfConfig | None = None
+    """Supervised training on the best of the specialist's own answers, after `sft` and `grpo` if
+    there are any; null: none."""
 
     @field_validator("efforts")
     @classmethod
@@ -58,7 +61,7 @@ class DomainConfig(DomainSpec):
     @property
     def is_trained(self) -> bool:
         """Whether the domain has a specialist of its own."""
-        return bool(self.sft or self.grpo)
+        return bool(self.sft or self.grpo or self.best_of)
 
     @property
     def spec(self) -> DomainSpec:

@@ -1,8 +1,8 @@
 """The stages of a recipe and their order; the only file that knows every one of them.
 
-    base -> sft/<domain> -> grpo/<domain> -> average, ties
-                                          -> opd, opd/<ablation>
-                                             -> evaluate/<checkpoint> -> report
+    base -> sft/<domain> -> grpo/<domain> -> best_of/<domain> -> average, ties
+                                                              -> opd, opd/<ablation>
+                                                                 -> evaluate/<checkpoint> -> report
     base -> sft/mixed    -> grpo/mixed
 
 A domain trained under several efforts counts as several, `<domain>@<effort>`. A teacher from
@@ -30,6 +30,8 @@ from posttrain.pipeline.recipe import Recipe
 from posttrain.pipeline.recipe_domain import DomainConfig
 from posttrain.report_config import ReportStage
 from specialists.config import (
+    BestOfConfig,
+    BestOfStage,
     ExistingStage,
     GrpoConfig,
     GrpoStage,
@@ -213,6 +215,10 @@ class _Builder:
             self.checkpoints[f"sft/{name}"] = start
         if domain.grpo:
             start = self._add_grpo(f"grpo/{name}", specs, domain.grpo, start)
+        if domain.best_of:
+            if domain.grpo:
+                self.checkpoints[f"grpo/{name}"] = start
+            start = self._add_best_of(f"best_of/{name}", domain.spec, domain.best_of, start)
         if start != "base":
             self.specialists[name] = self.checkpoints[f"specialist/{name}"] = start
 
@@ -224,6 +230,12 @@ class _Builder:
     def _add_grpo(self, name: str, specs: list[DomainSpec], grpo: GrpoConfig, start: str) -> str:
         config = GrpoStage(domains=specs, grpo=grpo)
         return self._add(name, "specialists.grpo:work", config, {"start": start}, domains=specs)
+
+    def _add_best_of(self, name: str, spec: DomainSpec, best_of: BestOfConfig, last: str) -> str:
+        config = BestOfStage(domain=spec, best_of=best_of)
+        start = "base" if best_of.start == "base" else last
+        inputs = {"start": start, "sampler": last}
+        return self._add(name, "specialists.best_of:work", config, inputs, domains=[spec])
 
     def _add_merges(self) -> None:
         starts = {distill.start for distill in self.recipe.distillations().values()}
@@ -271,8 +283,8 @@ class _Builder:
         assert mixed is not None
         start, specs = "base", self._specs()
         if mixed.sft:
-            sfts = [domain.sft for domain in self.domains.values() if domain.sft]
-            rows = sum(sft.num_steps * sft.rows_per_step for sft in sfts)
+            found = [how for d in self.domains.values() for how in (d.sft, d.best_of)]
+            rows = sum(how.num_steps * how.rows_per_step for how in found if how)
             num_steps = max(1, round(rows / mixed.sft.rows_per_step))
             sft = mixed.sft.model_copy(update={"num_steps": num_steps})
             start = self._add_sft("sft/mixed", specs, sft, start)

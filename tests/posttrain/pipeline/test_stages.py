@@ -93,6 +93,23 @@ def test_the_stages_stand_in_order_and_on_their_inputs(folder: Path) -> None:
         before.add(stage.name)
 
 
+def test_a_specialists_own_answers_are_learned_last_and_by_whom_is_asked(folder: Path) -> None:
+    content = with_field("domains.sums.best_of", {"num_steps": 3})
+    stages = stages_of(content, folder)
+    assert stages["best_of/sums"].inputs == {"start": "base", "sampler": "grpo/sums"}
+    assert stages["evaluate/grpo/sums"].inputs == {"checkpoint": "grpo/sums"}
+    assert stages["evaluate/specialist/sums"].inputs == {"checkpoint": "best_of/sums"}
+    assert stages["opd"].inputs["specialist/sums"] == "best_of/sums"
+    content["domains"]["sums"]["best_of"]["start"] = "specialist"
+    inputs = stages_of(content, folder)["best_of/sums"].inputs
+    assert inputs == {"start": "grpo/sums", "sampler": "grpo/sums"}
+    for name in ("sft", "grpo"):
+        del content["domains"]["sums"][name]
+    stages = stages_of(content, folder)
+    assert stages["best_of/sums"].inputs == {"start": "base", "sampler": "base"}
+    assert "evaluate/grpo/sums" not in stages
+
+
 def test_the_same_recipe_has_the_same_keys(folder: Path) -> None:
     assert keys(folder, CONTENT) == keys(folder, copy.deepcopy(CONTENT))
 

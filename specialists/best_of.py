@@ -1,0 +1,179 @@
+"""Supervised training on a specialist's own answers: the best of several to each train prompt.
+
+    out/rollouts.journal    every token, before it is used: a killed stage goes on sampling there
+    out/accepted.json       what is learned, once all was sampled and graded; part of the result
+
+The tokens that were sampled are learned, never a text made of them; what tools said has no loss.
+"""
+
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+import torch
+
+from posttrain.checkpoints import load_model, load_tokenizer
+from posttrain.errors import DataError
+from posttrain.files import write_atomic
+from posttrain.job import Job
+from posttrain.rollout.engine import Engine
+from posttrain.rollout.types import Rollout
+from posttrain.rollout.worker import run_written
+from posttrain.tasks import Task
+from specialists import training
+from specialists.config import BestOfConfig, BestOfStage
+from specialists.rows import TokenRow
+from specialists.sft import learn, load_start, split_validation
+
+ACCEPTED = "accepted.json"
+JOURNAL = "rollouts.journal"
+
+NUM_REPORTS = 20
+"""How often the sampling says how far it is."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Graded:
+    """An answer and what it earned."""
+
+    rollout: Rollout
+    reward: float
+
+    @property
+    def rank(self) -> tuple[float, int, int]:
+        """Smaller is better: more reward, then fewer own tokens, then sampled earlier."""
+        return -self.reward, sum(self.rollout.is_own), self.rollout.sample
+
+
+def work(config: BestOfStage, job: Job) -> None:
+    """Answer the domain's train prompts with `sampler`, and train `start` on the best answers.
+
+    Raises:
+        DataError: no answer is good enough.
+    """
+    if not training.prepare(job):
+        return
+    if not (job.out / ACCEPTED).exists():
+        accepted = accept(config, job)
+        write_atomic(job.out / ACCEPTED, json.dumps(accepted, ensure_ascii=False, indent=1))
+    (job.out / JOURNAL).unlink(missing_ok=True)
+    accepted = json.loads((job.out / ACCEPTED).read_text(encoding="utf-8"))
+    rows = token_rows(accepted["answers"], learns_all=config.best_of.loss == "all")
+    sources = {config.domain.name: rows}
+    learned, kept = split_validation(sources, config.best_of.validation_share)
+    start = job.inputs["start"] / training.RESULT
+    model, base = load_start(start, config.best_of.lora)
+    learn(
+        model, load_tokenizer(start), learned, config=config.best_of, job=job,
+        facts=accepted["counts"], validation=kept, base=base,
+    )  # fmt: skip
+
+
+def accept(config: BestOfStage, job: Job) -> dict[str, Any]:
+    """The answers to learn, in the order of their prompts' ids, and counts of all there were."""
+    folder, how = job.inputs["sampler"] / training.RESULT, config.best_of
+    model: Any = load_model(folder)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    engine = Engine(model, num_slots=how.num_slots, seed=job.seed)
+    task = Task(config.domain, load_tokenizer(folder), folder=job.folder, seed=job.seed)
+    answers: list[dict[str, Any]] = []
+    rewards: list[float] = []
+    num_prompts = num_cut = 0
+    with closing(task):
+        for group in graded_groups(engine, task, how, job):
+            num_prompts += 1
+            rewards += [graded.reward for graded in group]
+            num_cut += sum(graded.rollout.finish_reason == "length" for graded in group)
+            answers += [_record(task, graded) for graded in best(group, how)]
+        failures = sum(task.failures.values())
+    if not answers:
+        raise DataError(
+            f"domain {config.domain.name!r}: none of {len(rewards)} answers to {num_prompts} "
+            f"prompts earned best_of.min_reward {how.min_reward:g} uncut (the most was "
+            f"{max(rewards, default=0.0):g}, {num_cut} were cut): lower it, raise "
+            "samples_per_prompt or max_new_tokens, or train the domain by sft or grpo first"
+        )
+    num_solved = len({answer["prompt_id"] for answer in answers})
+    counts = {
+        "prompts": num_prompts,
+        "prompts_unsolved": num_prompts - num_solved,
+        "answers": len(rewards),
+        "answers_cut": num_cut,
+        "answers_accepted": len(answers),
+        "grader_failures": failures,
+        "reward": fmean(rewards),
+    }
+    logger.info("best of %d answers to each prompt: %s", how.samples_per_prompt, counts)
+    return {
+        "counts": counts,
+        "answers": sorted(answers, key=lambda a: (a["prompt_id"], a["sample"])),
+    }
+
+
+def graded_groups(
+    engine: Engine, task: Task, config: BestOfConfig, job: Job
+) -> Iterator[list[Graded]]:
+    """Each prompt's answers as soon as all of them are there; no others are held."""
+    rows = sorted(task.train, key=lambda row: row.id)[: config.num_prompts]
+    requests = task.requests(
+        rows, num_samples=config.samples_per_prompt, temperature=config.temperature
+    )
+    waiting: dict[str, list[Rollout]] = {}
+    every, num_done = max(1, len(rows) // NUM_REPORTS), 0
+    for rollout in run_written(engine, requests, job.out / JOURNAL):
+        group = waiting.setdefault(rollout.prompt_id, [])
+        group.append(rollout)
+        if len(group) < config.samples_per_prompt:
+            continue
+        scores = task.score(waiting.pop(rollout.prompt_id))
+        yield [Graded(r, score.reward) for r, score in zip(group, scores, strict=True)]
+        num_done += 1
+        if num_done % every == 0:
+            job.metrics.log(0, config.num_steps, prompts_answered=num_done)
+
+
+def best(group: Sequence[Graded], config: BestOfConfig) -> list[Graded]:
+    """The different answers of a prompt that are learned, the best first."""
+    good = [
+        graded
+        for graded in group
+        if graded.reward >= config.min_reward and graded.rollout.finish_reason != "length"
+    ]
+    different: dict[tuple[int, ...], Graded] = {}
+    for graded in sorted(good, key=lambda graded: graded.rank):
+        different.setdefault(tuple(graded.rollout.response), graded)
+    return list(different.values())[: config.keep_per_prompt]
+
+
+def _record(task: Task, graded: Graded) -> dict[str, Any]:
+    rollout = graded.rollout
+    return {
+        "prompt_id": rollout.prompt_id,
+        "sample": rollout.sample,
+        "reward": graded.reward,
+        "text": task.render(rollout),
+        "prompt": rollout.prompt,
+        "response": rollout.response,
+        "is_own": [int(own) for own in rollout.is_own],
+    }
+
+
+def token_rows(answers: Sequence[dict[str, Any]], *, learns_all: bool) -> list[TokenRow]:
+    """As they are learned: the tokens that the sampler drew, and no others unless all are."""
+    return [
+        TokenRow(
+            answer["prompt_id"],
+            [*answer["prompt"], *answer["response"]],
+            [
+                learns_all or bool(own)
+                for own in [*([0] * len(answer["prompt"])), *answer["is_own"]]
+            ],
+        )
+        for answer in answers
+    ]
