@@ -25,6 +25,8 @@ ASSISTANT = "<｜Assistant｜>"
 THINK = "<think>"
 END_THINK = "</think>"
 DSML = "｜DSML｜"
+REMINDER = "<｜latest_reminder｜>"
+"""In V4's own vocabulary; models made from nothing do without it."""
 
 SPECIAL_TOKENS = (BOS, EOS, PAD, USER, ASSISTANT, THINK, END_THINK, DSML)
 """Ids 0, 1, 2 are V4's own; the others keep V4's names only."""

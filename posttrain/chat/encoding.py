@@ -1,13 +1,18 @@
 """Messages to token ids and back, in DeepSeek-V4's format or by another tokenizer's own template.
 
-A message is a dict: `role` (system, user, assistant, tool) and `content`; an assistant's may have
-`reasoning` and `tool_calls` ([{"name", "arguments": dict}]). In V4's format:
+A message is a dict: `role` (system, user, assistant, tool, developer, latest_reminder) and
+`content`; an assistant's may have `reasoning` and `tool_calls` ([{"name", "arguments": dict}]). In
+V4's format:
 
     BOS system tools <User>text<Assistant></think>answer EOS                    effort none
     BOS system tools <User>text<Assistant><think>reasoning</think>answer EOS    any other effort
 
-Tool results, in call order, are the next user turn. Only the format's own text may become control
-tokens: whatever a message says is encoded as mere characters, so that nobody can forge a turn.
+    BOS system <latest_reminder>text<User>text<Assistant>     a reminder, before what it goes with
+
+Tool results, in call order, are the next user turn. A developer speaks in a turn of its own, with
+the user's mark; before the last user turn V4 drops it where the model thinks and has no tools, as
+it drops earlier reasoning. Only the format's own text may become control tokens: whatever a message
+says is encoded as mere characters, so that nobody can forge a turn.
 """
 
 import json
@@ -25,6 +30,7 @@ from posttrain.tokenizer import (
     DSML,
     END_THINK,
     EOS,
+    REMINDER,
     THINK,
     USER,
     controls_of,
@@ -32,6 +38,9 @@ from posttrain.tokenizer import (
 )
 
 Message = Mapping[str, Any]
+
+ASKING = ("user", "developer")
+"""The roles whose last message begins what the model thinks about."""
 
 MAX_EFFORT = (
     "Reasoning Effort: Absolute maximum with no shortcuts permitted.\n"
@@ -87,12 +96,13 @@ def encode_prompt(
     tools: Sequence[Mapping[str, Any]] = (),
     effort: Effort = "none",
 ) -> list[int]:
-    """The ids of `messages`, which end with a user or tool turn, and the mark to answer after.
+    """The ids of `messages`, which end with a user, developer or tool turn, and the mark to answer
+    after.
 
     Raises:
-        DataError: if the messages are empty, end with the assistant, or hold an unknown role.
+        DataError: if the messages are empty, end otherwise, or hold an unknown role.
     """
-    if not messages or messages[-1].get("role") == "assistant":
+    if not messages or messages[-1].get("role") in ("assistant", "latest_reminder"):
         raise DataError(
             "a prompt must end with a user or tool message, so that there is a turn to answer"
         )
@@ -100,6 +110,7 @@ def encode_prompt(
         return template.encode_prompt(
             tokenizer, messages, tools=tools, is_thinking=effort != "none"
         )
+    _check_reminders(tokenizer, messages)
     return _encode(tokenizer, _conversation(messages, tools, effort))[0]
 
 
@@ -123,6 +134,7 @@ def encode_example(
         return template.encode_example(
             tokenizer, messages, tools=tools, is_thinking=effort != "none"
         )
+    _check_reminders(tokenizer, messages)
     return _encode(tokenizer, _conversation(messages, tools, effort))
 
 
@@ -140,6 +152,15 @@ def encode_tool_results(
         )
     turn = _user_turn([{"role": "tool", "content": result} for result in results])
     return _encode(tokenizer, [*turn, _mark(is_thinking=effort != "none")])[0]
+
+
+def _check_reminders(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> None:
+    has_reminder = any(m.get("role") == "latest_reminder" for m in messages)
+    if has_reminder and REMINDER not in controls_of(tokenizer).spelling_to_id:
+        raise DataError(
+            f"a message has role latest_reminder, and the tokenizer has no token {REMINDER}: put "
+            "its text into the system or user message, or take a base with V4's own vocabulary"
+        )
 
 
 def tools_text(tools: Sequence[Mapping[str, Any]]) -> str:
@@ -201,28 +222,37 @@ def _conversation(
         pieces += [Piece("\n\n" if system else ""), *_tools_block(tools)]
 
     has_tools = bool(tools) or any(m.get("role") == "tool" or m.get("tool_calls") for m in messages)
-    last_user = max((i for i, m in enumerate(messages) if m.get("role") == "user"), default=-1)
+    last_user = max((i for i, m in enumerate(messages) if m.get("role") in ASKING), default=-1)
     heard: list[Message] = []
     for i, message in enumerate(messages[num_system:], num_system):
         match message.get("role"):
-            case "user" | "tool":
+            case "developer" if effort != "none" and not has_tools and i < last_user:
+                pass
+            case "user" | "tool" | "developer":
                 heard.append(message)
+            case "latest_reminder" if heard:
+                raise DataError(
+                    f"message {i} is a latest_reminder behind what it goes with: put it before the "
+                    "user's, developer's and tools' messages of its turn"
+                )
+            case "latest_reminder":
+                pieces += [Piece(REMINDER, is_format=True), Piece(str(message["content"]))]
             case "assistant" if not heard:
                 raise DataError(f"message {i} is the assistant's, but nobody spoke since its last")
             case "assistant":
                 # The reasoning of turns before the last user message is dropped, as V4 does it,
                 # unless there are tools, whose use it explains.
                 is_thinking = effort != "none" and (has_tools or i > last_user)
-                pieces += [*_user_turn(heard), _mark(is_thinking=is_thinking)]
+                pieces += [*_heard(heard), _mark(is_thinking=is_thinking)]
                 pieces += _assistant_turn(message, is_thinking=is_thinking)
                 heard = []
             case role:
                 raise DataError(
-                    f"message {i} has role {role!r}: needed is user, assistant or tool (or system, "
-                    "in front of the others)"
+                    f"message {i} has role {role!r}: needed is user, assistant, tool, developer or "
+                    "latest_reminder (or system, in front of the others)"
                 )
     if heard:
-        pieces += [*_user_turn(heard), _mark(is_thinking=effort != "none")]
+        pieces += [*_heard(heard), _mark(is_thinking=effort != "none")]
     return pieces
 
 
@@ -235,6 +265,16 @@ def effort_text(effort: Effort) -> str:
 
 def _mark(*, is_thinking: bool) -> Piece:
     return Piece(ASSISTANT + (THINK if is_thinking else END_THINK), is_format=True)
+
+
+def _heard(heard: Sequence[Message]) -> list[Piece]:
+    """What was said since the assistant's last turn; each developer's message is its own turn."""
+    turns: list[list[Message]] = []
+    for message in heard:
+        if not turns or "developer" in (message["role"], turns[-1][-1]["role"]):
+            turns.append([])
+        turns[-1].append(message)
+    return [piece for turn in turns for piece in _user_turn(turn)]
 
 
 def _user_turn(heard: Sequence[Message]) -> list[Piece]:

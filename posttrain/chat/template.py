@@ -66,6 +66,7 @@ def _render(
             "the tokenizer has neither DeepSeek-V4's control tokens nor a chat template: set its "
             "chat_template and save it with the checkpoint"
         )
+    _check_roles(messages)
     cut = controls_of(tokenizer).cut
     text = tokenizer.apply_chat_template(
         [{**m, "content": CUT.join(cut(str(m.get("content") or "")))} for m in messages],
@@ -75,6 +76,16 @@ def _render(
         tokenize=False,
     )
     return str(text)
+
+
+def _check_roles(messages: Sequence[Mapping[str, Any]]) -> None:
+    """Templates leave roles out that they do not know."""
+    for i, message in enumerate(messages):
+        if (role := message.get("role")) in ("developer", "latest_reminder"):
+            raise DataError(
+                f"message {i} has role {role!r}, which is DeepSeek-V4's, and this tokenizer has a "
+                "template of its own: make it a system or user message"
+            )
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

