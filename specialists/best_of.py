@@ -27,7 +27,7 @@ from posttrain.tasks import Task
 from specialists import training
 from specialists.config import BestOfConfig, BestOfStage
 from specialists.rows import TokenRow
-from specialists.sft import learn, load_start, split_validation
+from specialists.sft import learn, load_start, split_validation, task_score
 
 ACCEPTED = "accepted.json"
 JOURNAL = "rollouts.journal"
@@ -69,10 +69,12 @@ def work(config: BestOfStage, job: Job) -> None:
     learned, kept = split_validation(sources, config.best_of.validation_share)
     start = job.inputs["start"] / training.RESULT
     model, base = load_start(start, config.best_of.lora)
-    learn(
-        model, load_tokenizer(start), learned, config=config.best_of, job=job,
-        facts=accepted["counts"], validation=kept, base=base,
-    )  # fmt: skip
+    tokenizer = load_tokenizer(start)
+    with task_score([config.domain], kept, tokenizer, config.best_of, job) as score:
+        learn(
+            model, tokenizer, learned, config=config.best_of, job=job,
+            facts=accepted["counts"], validation=kept, score=score, base=base,
+        )  # fmt: skip
 
 
 def accept(config: BestOfStage, job: Job) -> dict[str, Any]:

@@ -75,6 +75,19 @@ class LoraConfig(Config):
     """Adapt V4's routed experts too, which are parameters and no modules."""
 
 
+class ScoreConfig(Config):
+    """Answers to prompts that are kept out of the training, graded by their domain's reward."""
+
+    num_prompts: int | None = Field(default=64, ge=1)
+    """Validation prompts of each domain that are answered, the first by their hash; null: all."""
+    samples_per_prompt: int = Field(default=1, ge=1)
+    """Answers to each, every time under the same seeds."""
+    temperature: float = Field(default=0.0, ge=0)
+    """The sampling's temperature; 0 is greedy."""
+    num_slots: int = Field(default=64, ge=1)
+    """Answers that are decoded side by side."""
+
+
 class TuningConfig(SupervisedConfig):
     """What SFT on demonstrations and on own answers share."""
 
@@ -87,11 +100,27 @@ class TuningConfig(SupervisedConfig):
     memory. null: the whole model."""
     validation_share: float = Field(default=0.0, ge=0, lt=1)
     """The share of the rows, chosen by their prompts' hash, that are kept out of training to choose
-    the result by: the weights at the lowest loss on them. 0: the last weights."""
+    the result by: the weights that do `best_by` on them. 0: the last weights."""
     validate_every: int = Field(default=10, ge=1)
     """Steps between two losses on them, logged as `validation_loss`; the last step has one too."""
+    score: ScoreConfig | None = None
+    """Sample and grade answers to their prompts at these steps too, logged as `validation_score`,
+    the mean over domains; null: the loss alone."""
+    best_by: Literal["loss", "score"] = "loss"
+    """Which weights are the result: at the lowest loss, or at the highest score, of equal ones that
+    at the lower loss. Prompts that are held out for evaluation choose nothing."""
     checkpoint_every: int = Field(default=20, ge=1)
     """Steps between two step checkpoints; a killed run loses at most that many."""
+
+    @model_validator(mode="after")
+    def scores_have_prompts(self) -> Self:
+        if self.score and not self.validation_share:
+            raise ValueError("score is of the rows of validation_share, which is 0: raise it")
+        if self.best_by == "score" and not self.score:
+            raise ValueError(
+                "best_by is score, and score is null: write score: {}, or best_by loss"
+            )
+        return self
 
 
 class SftConfig(TuningConfig):

@@ -6,8 +6,8 @@ microbatches. Several domains give the SFT of the `mixed` baseline.
 
 import hashlib
 import logging
-from collections.abc import Mapping, Sequence
-from contextlib import closing
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from specialists.config import (
 from specialists.lora import load_with_adapter
 from specialists.rows import TokenRow, draw, sort_within_steps
 from specialists.trl_border import OurSFTTrainer
-from specialists.validation import BestWeights
+from specialists.validation import BestWeights, TaskScore
 
 IGNORED = -100
 """The label of a token without loss."""
@@ -52,7 +52,30 @@ def work(config: SftStage, job: Job) -> None:
     model, base = load_start(start, config.sft.lora)
     rows = {spec.name: demonstrations(spec, tokenizer, config.sft, job) for spec in config.domains}
     learned, kept = split_validation(rows, config.sft.validation_share)
-    learn(model, tokenizer, learned, config=config.sft, job=job, validation=kept, base=base)
+    with task_score(config.domains, kept, tokenizer, config.sft, job) as score:
+        learn(
+            model, tokenizer, learned, config=config.sft, job=job,
+            validation=kept, score=score, base=base,
+        )  # fmt: skip
+
+
+@contextmanager
+def task_score(
+    domains: Sequence[DomainSpec],
+    validation: Sequence[TokenRow],
+    tokenizer: Any,
+    config: TuningConfig,
+    job: Job,
+) -> Generator[TaskScore | None]:
+    """What grades answers to the validation rows' prompts, with its graders; None: nothing does."""
+    with ExitStack() as stack:
+        tasks = [
+            stack.enter_context(closing(Task(spec, tokenizer, folder=job.folder, seed=job.seed)))
+            for spec in domains
+            if config.score
+        ]
+        ids = {row.id for row in validation}
+        yield TaskScore(tasks, ids, config.score, seed=job.seed) if config.score else None
 
 
 def load_start(start: Path, lora: LoraConfig | None) -> tuple[Any, Path | None]:
@@ -109,6 +132,7 @@ def learn(
     weights: Sequence[float] | None = None,
     facts: Mapping[str, float] | None = None,
     validation: Sequence[TokenRow] = (),
+    score: TaskScore | None = None,
     base: Path | None = None,
 ) -> None:
     """Train `model` on rows drawn from the sources by weight, and write the result.
@@ -122,6 +146,7 @@ def learn(
         weights: one per source; null: equal.
         facts: what to log beside the number of rows.
         validation: rows that choose the result; none: the last weights are it.
+        score: grades the model's own answers to their prompts; None: their loss alone counts.
         base: what `model` is an adapter of.
     """
     context = model.config.max_position_embeddings
@@ -131,6 +156,7 @@ def learn(
     counts = {"rows": num_rows, "rows_too_long": sum(map(len, sources.values())) - num_rows}
     data = in_order(list(kept.values()), config, seed=job.seed, weights=weights)
     counts["tokens"] = sum(label != IGNORED for row in data["labels"] for label in row)
+    by_score = isinstance(config, TuningConfig) and config.best_by == "score"
     held = fitting("validation", list(validation), limit) if validation else []
     counts |= {"rows_validation": len(held)} if held else {}
     trainer = build_trainer(model, tokenizer, data, config, job, validation=held)
@@ -139,7 +165,7 @@ def learn(
         job,
         tokenizer,
         facts={**counts, **(facts or {})},
-        best=BestWeights(trainer.model, job) if held else None,
+        best=BestWeights(trainer.model, job, score=score, by_score=by_score) if held else None,
         base=base,
     )
 

@@ -46,8 +46,8 @@ ALONE_THREADS = 2
 """The base is made while nothing else runs: with so many times the threads of other stages."""
 
 UNREWARDED = ("reward", "reward_options", "reward_timeout_s")
-"""Fields of a domain that pretraining, SFT and, without `evaluate_every`, OPD do not read: they
-grade nothing."""
+"""Fields of a domain that pretraining and, without `score` and `evaluate_every`, SFT and OPD do not
+read: they grade nothing."""
 
 
 @dataclass(frozen=True)
@@ -223,7 +223,8 @@ class _Builder:
             self.specialists[name] = self.checkpoints[f"specialist/{name}"] = start
 
     def _add_sft(self, name: str, specs: list[DomainSpec], sft: SftConfig, start: str) -> str:
-        specs = [_without(spec, UNREWARDED) for spec in specs]
+        if not sft.score:
+            specs = [_without(spec, UNREWARDED) for spec in specs]
         config = SftStage(domains=specs, sft=sft)
         return self._add(name, "specialists.sft:work", config, {"start": start}, domains=specs)
 

@@ -7,11 +7,13 @@ from pydantic import ValidationError
 from posttrain.config import OptimizerConfig
 from posttrain.domains import DataConfig
 from specialists.config import (
+    BestOfConfig,
     ExistingStage,
     GrpoConfig,
     MixtureConfig,
     PretrainConfig,
     PretrainStage,
+    ScoreConfig,
     SftConfig,
 )
 
@@ -30,6 +32,17 @@ def test_microbatches_divide_a_step() -> None:
         SftConfig(rows_per_step=12, rows_per_microbatch=5)
     with pytest.raises(ValidationError, match="rows_per_microbatch is 5, which does not divide 12"):
         GrpoConfig(prompts_per_step=3, samples_per_prompt=4, rows_per_microbatch=5)
+
+
+def test_scores_are_of_validation_rows_and_choose_only_where_there_are_some() -> None:
+    with pytest.raises(ValidationError, match="score is of the rows of validation_share, which is"):
+        SftConfig(score=ScoreConfig())
+    with pytest.raises(ValidationError, match="best_by is score, and score is null"):
+        SftConfig(validation_share=0.5, best_by="score")
+    with pytest.raises(
+        ValidationError, match="keep_per_prompt is 3, and samples_per_prompt only 2"
+    ):
+        BestOfConfig(samples_per_prompt=2, keep_per_prompt=3)
 
 
 def test_a_mixture_may_only_name_domains_that_there_are() -> None:

@@ -2,8 +2,10 @@
 
 import copy
 from collections.abc import Callable
+from contextlib import closing
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -14,12 +16,14 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerState
 
 from posttrain.adapters import find_base, is_adapter
-from posttrain.checkpoints import load_model
+from posttrain.checkpoints import load_model, load_tokenizer
 from posttrain.config import OptimizerConfig
 from posttrain.domains import DomainSpec
 from posttrain.errors import CheckpointError, DataError
 from posttrain.job import Job
 from posttrain.metrics import Metrics
+from posttrain.rollout.engine import Engine
+from posttrain.tasks import Task
 from specialists import grpo, sft, training
 from specialists.config import GrpoConfig, GrpoStage, LoraConfig, SftConfig, SftStage
 from specialists.lora import load_with_adapter
@@ -147,6 +151,84 @@ def test_the_result_is_the_weights_at_the_lowest_validation_loss_killed_or_not(
     _, kept = sft.split_validation({"words": rows}, 0.3)
     assert mean_loss(model, kept).item() == pytest.approx(losses[best], rel=1e-4)
     assert not (job.out / "best").exists()
+
+
+def score_by_hand(folder: Path, words: DomainSpec, kept: list[TokenRow], job: Job) -> float:
+    """The mean reward of two samples to each kept prompt, an engine and the reward by hand."""
+    tokenizer = load_tokenizer(folder)
+    with closing(Task(words, tokenizer, folder=job.folder, seed=job.seed)) as task:
+        chosen = sorted({one.id for one in kept})[:8]
+        rows = [row for row in task.train if row.id in chosen]
+        assert len(rows) == 8
+        assert not {row.id for row in rows} & {row.id for row in task.heldout}
+        requests = task.requests(rows, num_samples=2, temperature=1.0)
+    rewards: list[float] = []
+    for rollout in Engine(load_model(folder), num_slots=5, seed=job.seed).run(requests):
+        end = rollout.response[-1] == tokenizer.eos_token_id
+        text = tokenizer.decode(rollout.response[:-1] if end else rollout.response)
+        rewards.append(sum(letter < "n" for letter in text) / max(len(text), 1))
+    return fmean(rewards)
+
+
+@pytest.mark.parametrize("lora", [None, LORA])
+def test_the_result_is_the_weights_at_the_highest_score_killed_or_not(
+    start: Path,
+    words: DomainSpec,
+    new_job: NewJob,
+    cut_after: Callable[[Path, int], Metrics],
+    lora: LoraConfig | None,
+) -> None:
+    config = stage(
+        words, num_steps=7, validation_share=0.3, validate_every=2, checkpoint_every=3, lora=lora,
+        score={"samples_per_prompt": 2, "temperature": 1.0, "num_slots": 16, "num_prompts": 8},
+        best_by="score",
+        optimizer=OptimizerConfig(learning_rate=3e-2),
+    )  # fmt: skip
+    job, _ = check_killed(partial(sft.work, config), new_job, cut_after, start=start, last=5)
+    tried = [record for record in job.metrics.records() if "validation_score" in record]
+    assert [record["step"] for record in tried] == [2, 4, 6, 7]
+    best = max(tried, key=lambda record: (record["validation_score"], -record["validation_loss"]))
+    by_loss = min(tried, key=lambda record: record["validation_loss"])
+    assert lora or by_loss["step"] != best["step"], "the choice by loss would be the same"
+    rows = sft.demonstrations(words, load_tokenizer(start / "checkpoint"), config.sft, job)
+    _, kept = sft.split_validation({"words": rows}, 0.3)
+    found = score_by_hand(job.out / "checkpoint", words, kept, job)
+    assert found == pytest.approx(best["validation_score"], abs=1e-9)
+
+
+def test_equal_scores_are_told_apart_by_the_loss(start: Path, new_job: NewJob) -> None:
+    model: Any = load_model(start / "checkpoint")
+    scores = iter([0.5, 0.75, 0.75, 0.75, 0.25])
+    best = BestWeights(
+        model, new_job("sft"), score=lambda _: {"validation_score": next(scores)}, by_score=True
+    )
+    arguments: Any = None
+    control: Any = None
+    for step, loss in enumerate((1.0, 3.0, 2.0, 2.0, 0.5), start=1):
+        state = TrainerState(global_step=step, max_steps=5)
+        best.on_evaluate(arguments, state, control, metrics={"eval_loss": loss})
+    assert best.restore() == 3
+
+
+def test_a_score_is_the_mean_over_domains_and_of_so_many_prompts(
+    start: Path, tokenizer: Any, words: DomainSpec, new_job: NewJob
+) -> None:
+    job, model = new_job("sft"), load_model(start / "checkpoint")
+    other = words.model_copy(update={"name": "other", "heldout_share": 0.5})
+    specs = [words, other]
+    rows = {s.name: sft.demonstrations(s, tokenizer, SftConfig(), job) for s in specs}
+    config = SftConfig.model_validate({"validation_share": 0.5, "score": {"num_prompts": 5}})
+    with sft.task_score(specs, rows["words"] + rows["other"], tokenizer, config, job) as score:
+        assert score is not None
+        found = score(model)
+    names = ["validation_score/words", "validation_score/other"]
+    assert found["validation_score"] == pytest.approx(fmean(found[name] for name in names))
+    for spec in specs:
+        chosen = sorted(rows[spec.name], key=lambda row: row.id)[:5]
+        with sft.task_score([spec], chosen, tokenizer, config, job) as score:
+            assert score is not None
+            alone = score(model)
+        assert alone == {"validation_score": found[f"validation_score/{spec.name}"]}
 
 
 def test_the_best_weights_are_kept_with_the_buffers_of_their_step(

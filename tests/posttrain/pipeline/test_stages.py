@@ -110,6 +110,17 @@ def test_a_specialists_own_answers_are_learned_last_and_by_whom_is_asked(folder:
     assert "evaluate/grpo/sums" not in stages
 
 
+def test_a_reward_decides_what_sft_makes_only_where_it_grades(folder: Path) -> None:
+    def keys_with(sft: dict[str, Any], reward: str) -> str:
+        content = with_field("domains.sums.reward", reward)
+        content["domains"]["sums"]["sft"] |= sft
+        return keys(folder, content)["sft/sums"]
+
+    assert keys_with({}, "exact") == keys_with({}, "mathematics")
+    graded = {"validation_share": 0.2, "score": {}}
+    assert keys_with(graded, "exact") != keys_with(graded, "mathematics")
+
+
 def test_the_same_recipe_has_the_same_keys(folder: Path) -> None:
     assert keys(folder, CONTENT) == keys(folder, copy.deepcopy(CONTENT))
 
