@@ -12,6 +12,9 @@ from posttrain.files import whole_folder, write_atomic
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 
+ADAPTER = "default"
+"""PEFT's name of the adapter that is trained."""
+
 
 def is_adapter(folder: Path) -> bool:
     """Whether a folder holds an adapter."""
@@ -55,7 +58,9 @@ def save_adapter(model: Any, tokenizer: Any, folder: Path, *, base: Path) -> Non
     """A PEFT model's adapter with the tokenizer as `folder`, which appears whole; it names its base
     by the path from there, so that both may move together."""
     with whole_folder(folder) as partial:
-        model.save_pretrained(str(partial), save_embedding_layers=False)
+        model.save_pretrained(
+            str(partial), save_embedding_layers=False, selected_adapters=[ADAPTER]
+        )
         tokenizer.save_pretrained(str(partial))
         _name_base(partial, os.path.relpath(base.resolve(), folder.resolve()))
 

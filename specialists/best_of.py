@@ -26,8 +26,9 @@ from posttrain.rollout.worker import run_written
 from posttrain.tasks import Task
 from specialists import training
 from specialists.config import BestOfConfig, BestOfStage
+from specialists.lora import load_start
 from specialists.rows import TokenRow
-from specialists.sft import learn, load_start, split_validation, task_score
+from specialists.sft import learn, split_validation, task_score
 
 ACCEPTED = "accepted.json"
 JOURNAL = "rollouts.journal"

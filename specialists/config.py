@@ -236,6 +236,9 @@ class GrpoConfig(Config):
     stage started from."""
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=3e-4)
     """The optimizer and its schedule."""
+    lora: LoraConfig | None = None
+    """Train an adapter, which is the stage's result: a fresh one or, after SFT's, that one further.
+    The reference of `kl_weight` is what the stage started from. null: the whole model."""
     checkpoint_every: int = Field(default=20, ge=1)
     """Steps between two step checkpoints; a killed run loses at most that many."""
     num_slots: int = Field(default=128, ge=1)

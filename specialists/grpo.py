@@ -15,16 +15,16 @@ from typing import Any
 from datasets import Dataset
 from trl.trainer.grpo_config import GRPOConfig
 
-from posttrain.checkpoints import load_model, load_tokenizer
+from posttrain.checkpoints import load_tokenizer
 from posttrain.domains import Row
 from posttrain.errors import DataError
 from posttrain.job import Job
-from posttrain.rollout.engine import Engine
 from posttrain.tasks import Task
 from specialists import training
 from specialists.config import GrpoConfig, GrpoStage
 from specialists.curriculum import Curriculum
 from specialists.groups import GroupSampler, handed_on
+from specialists.lora import engine_for, load_start
 from specialists.reference import ReferenceRefresh
 from specialists.rows import draw
 from specialists.trl_border import OurGRPOTrainer, known_warnings
@@ -39,15 +39,15 @@ def work(config: GrpoStage, job: Job) -> None:
     if not training.prepare(job):
         return
     start = job.inputs["start"] / "checkpoint"
-    tokenizer, model = load_tokenizer(start), load_model(start)
     grpo = config.grpo
+    tokenizer, (model, base) = load_tokenizer(start), load_start(start, grpo.lora)
     with ExitStack() as stack:
         tasks = [
             stack.enter_context(closing(Task(spec, tokenizer, folder=job.folder, seed=job.seed)))
             for spec in config.domains
         ]
         sampler = GroupSampler(
-            Engine(model, num_slots=grpo.num_slots, seed=job.seed),
+            engine_for(model, num_slots=grpo.num_slots, seed=job.seed),
             tasks,
             prompt_order(tasks, grpo, seed=job.seed),
             config=grpo,
@@ -62,7 +62,9 @@ def work(config: GrpoStage, job: Job) -> None:
             for task in tasks
             if task.spec.decontaminate
         }
-        training.run(trainer, job, tokenizer, read_metrics=sampler.read_metrics, facts=counts)
+        training.run(
+            trainer, job, tokenizer, read_metrics=sampler.read_metrics, facts=counts, base=base
+        )
 
 
 def prompt_order(tasks: list[Task], config: GrpoConfig, *, seed: int) -> list[tuple[int, Row]]:

@@ -10,18 +10,20 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
-from posttrain.adapters import find_base, is_adapter
+from posttrain.adapters import ADAPTER, find_base, is_adapter
 from posttrain.checkpoints import load_model
 from posttrain.errors import CheckpointError
 from posttrain.rollout.engine import Engine
 from posttrain.rollout.types import Request, Rollout
 from specialists.config import LoraConfig
 
-ADAPTER = "default"
-"""PEFT's name of the adapter that is trained."""
-
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 """V4's routed experts are parameters, not modules."""
+
+
+def load_start(start: Path, config: LoraConfig | None) -> tuple[Any, Path | None]:
+    """What is trained, and the checkpoint that it adapts; None where it is the whole model."""
+    return load_with_adapter(start, config) if config else (load_model(start), None)
 
 
 def load_with_adapter(start: Path, config: LoraConfig) -> tuple[Any, Path]:

@@ -10,6 +10,7 @@ from typing import Any
 from safetensors.torch import load_model, save_model
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from posttrain.adapters import ADAPTER
 from posttrain.errors import CheckpointError
 
 FILE = "reference.safetensors"
@@ -27,7 +28,7 @@ class ReferenceRefresh(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """The reference of a run that goes on. Raises CheckpointError where it is not there."""
-        if state.global_step < self._every:
+        if state.global_step < self._every or self._reference is None:
             return
         path = _folder(args, state) / FILE
         if not path.exists():
@@ -44,18 +45,27 @@ class ReferenceRefresh(TrainerCallback):
         if state.global_step % self._every:
             return
         policy = self._trainer.accelerator.unwrap_model(self._trainer.model)
-        self._reference.load_state_dict(policy.state_dict())
+        if self._reference is None:
+            for name, parameter in policy.named_parameters():
+                if ".ref." in name:
+                    own = policy.get_parameter(name.replace(".ref.", f".{ADAPTER}."))
+                    parameter.data.copy_(own.data)
+        else:
+            self._reference.load_state_dict(policy.state_dict())
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """The reference beside the policy."""
-        if state.global_step >= self._every:
+        if state.global_step >= self._every and self._reference is not None:
             save_model(self._reference, str(_folder(args, state) / FILE))
 
     @property
     def _reference(self) -> Any:
-        return self._trainer.accelerator.unwrap_model(self._trainer.ref_model)
+        """None where it is the policy's base with an adapter that TRL calls `ref`: that one's
+        checkpoints are transformers' own."""
+        found = self._trainer.ref_model
+        return None if found is None else self._trainer.accelerator.unwrap_model(found)
 
 
 def _folder(args: TrainingArguments, state: TrainerState) -> Path:

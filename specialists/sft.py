@@ -15,20 +15,19 @@ from datasets import Dataset
 from transformers import PreTrainedModel
 from trl.trainer.sft_config import SFTConfig
 
-from posttrain.checkpoints import load_model, load_tokenizer
+from posttrain.checkpoints import load_tokenizer
 from posttrain.domains import DomainSpec
 from posttrain.errors import DataError
 from posttrain.job import Job
 from posttrain.tasks import Task
 from specialists import training
 from specialists.config import (
-    LoraConfig,
     SftConfig,
     SftStage,
     SupervisedConfig,
     TuningConfig,
 )
-from specialists.lora import load_with_adapter
+from specialists.lora import load_start
 from specialists.rows import TokenRow, draw, sort_within_steps
 from specialists.trl_border import OurSFTTrainer
 from specialists.validation import BestWeights, TaskScore
@@ -76,11 +75,6 @@ def task_score(
         ]
         ids = {row.id for row in validation}
         yield TaskScore(tasks, ids, config.score, seed=job.seed) if config.score else None
-
-
-def load_start(start: Path, lora: LoraConfig | None) -> tuple[Any, Path | None]:
-    """What is trained, and the checkpoint that it adapts; None where it is the whole model."""
-    return load_with_adapter(start, lora) if lora else (load_model(start), None)
 
 
 def split_validation(

@@ -21,6 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.sft_trainer import SFTTrainer
 
+from posttrain.adapters import ADAPTER
 from posttrain.errors import CheckpointError
 from specialists.choices import ROUTES, SUPPORT, expert_choices, kept_logps, tensors_of
 
@@ -110,7 +111,7 @@ class OurGRPOTrainer(Ours, GRPOTrainer):
         compute_entropy: bool = False,
         **options: Any,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        is_policy = model is not self.ref_model
+        is_policy = not self._is_reference(model)
         if is_policy and self._is_sampling:  # of the policy that sampled: no need to compute it
             return self._sampler_logp, None, None
         routes = self._chosen.get(ROUTES) if is_policy else None
@@ -140,6 +141,13 @@ class OurGRPOTrainer(Ours, GRPOTrainer):
                 logp = torch.where(self._is_far(self._learner_logp), logp.detach(), logp)
         found = [entropy for entropy in entropies if entropy is not None]
         return logp, torch.cat(found) if compute_entropy else None, None
+
+    def _is_reference(self, model: Any) -> bool:
+        """A model of its own or, of an adapter, the same model with another adapter at work."""
+        plain = self.accelerator.unwrap_model(model)
+        if isinstance(plain, PeftModel):
+            return plain.active_adapter != ADAPTER
+        return model is self.ref_model
 
     def _is_far(self, logp: Tensor) -> Tensor:
         assert self.max_ratio is not None

@@ -1,9 +1,10 @@
 """What a recipe says about one domain. Imports no torch."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from posttrain.config import Config, Effort
 from posttrain.domains import DomainSpec
@@ -41,6 +42,19 @@ class DomainConfig(DomainSpec):
         if isinstance(value, list):
             refuse_twice(value)
         return value
+
+    @model_validator(mode="after")
+    def an_adapter_is_trained_further_as_it_is(self) -> Self:
+        goes_on = self.best_of if self.best_of and self.best_of.start == "specialist" else None
+        given = {"sft": self.sft, "grpo": self.grpo, "best_of": goes_on}
+        stages = [(name, how.lora) for name, how in given.items() if how]
+        for (before, found), (after, wanted) in pairwise(stages):
+            if found and wanted and found != wanted:
+                raise ValueError(
+                    f"{after} trains the adapter of {before} further, and their lora differ: give "
+                    f"both the same, or {after} none, which trains the whole model"
+                )
+        return self
 
     @property
     def by_effort(self) -> dict[Effort, Self]:

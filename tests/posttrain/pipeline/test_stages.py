@@ -121,6 +121,17 @@ def test_a_reward_decides_what_sft_makes_only_where_it_grades(folder: Path) -> N
     assert keys_with(graded, "exact") != keys_with(graded, "mathematics")
 
 
+def test_stages_that_train_one_adapter_have_one_lora() -> None:
+    content = with_field("domains.sums.sft.lora", {"rank": 2})
+    content["domains"]["sums"]["grpo"]["lora"] = {"rank": 2}
+    Recipe.model_validate(content)
+    content["domains"]["sums"]["best_of"] = {"lora": {"rank": 3}}  # the base learns it afresh
+    Recipe.model_validate(content)
+    content["domains"]["sums"]["best_of"]["start"] = "specialist"
+    with pytest.raises(ValidationError, match="best_of trains the adapter of grpo further"):
+        Recipe.model_validate(content)
+
+
 def test_the_same_recipe_has_the_same_keys(folder: Path) -> None:
     assert keys(folder, CONTENT) == keys(folder, copy.deepcopy(CONTENT))
 
