@@ -42,6 +42,15 @@ def part_C(num: int, device: torch.device) -> Tensor:
     return torch.arange(3, device=device).repeat_interleave(counts)
 
 
+@lru_cache(maxsize=8)
+def gate_lines(
+    num: int, eps: float, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """What a sigmoid is multiplied by to be (pre, post), and what is then added, (2 N,) each."""
+    zeros = torch.zeros(num, dtype=dtype, device=device)
+    return torch.cat([zeros + eps, zeros]), torch.cat([zeros + 1, zeros + 2])
+
+
 def connect(connection: Any, x_TNH: Tensor) -> tuple[Tensor, Writer]:
     """What `connection`, a V4HyperConnection, gives of x (T, N, H)."""
     if use_kernels(x_TNH):  # one launch there for all sweeps
@@ -55,18 +64,20 @@ def connect(connection: Any, x_TNH: Tensor) -> tuple[Tensor, Writer]:
         base_C1 = wide(connection.base).unsqueeze(1)
         logit_CT = torch.addcmul(base_C1, raw_CT, gain_C.unsqueeze(1))
         gate_TG = logit_CT[: 2 * num].T.contiguous().sigmoid_()
-        pre_TN, post_TN = gate_TG.split(num, dim=1)
+        shift_G, gain_G = gate_lines(num, eps, x_wide.dtype, x_wide.device)
+        pre_TN, post_TN = torch.addcmul(shift_G, gate_TG, gain_G).split(num, dim=1)
         comb_NNT = logit_CT[2 * num :].view(num, num, -1).softmax(dim=1)
         comb_TNN = sinkhorn(comb_NNT, connection.hc_sinkhorn_iters, eps)
-        pre_T1N = pre_TN.add_(constant(eps, x_wide)).unsqueeze(1)
-        collapsed_TH = torch.bmm(pre_T1N, x_wide).squeeze(1)
+        collapsed_TH = torch.bmm(pre_TN.unsqueeze(1), x_wide).squeeze(1)
+    if x_wide is not x_TNH:
+        collapsed_TH = collapsed_TH.to(dtype)
+        post_TN, comb_TNN = post_TN.to(dtype), comb_TNN.to(dtype)
 
     def write(y_TH: Tensor) -> Tensor:
-        post_TN1 = (post_TN + post_TN).unsqueeze(2).to(dtype)
-        written_TNH = post_TN1 * y_TH.to(dtype).unsqueeze(1)
-        return written_TNH.baddbmm_(comb_TNN.to(dtype).mT, x_TNH)
+        written_TNH = post_TN.unsqueeze(2) * y_TH.to(dtype).unsqueeze(1)
+        return written_TNH.baddbmm_(comb_TNN.mT, x_TNH)
 
-    return collapsed_TH.to(dtype), write
+    return collapsed_TH, write
 
 
 def project(x_TNH: Tensor, fn_CX: Tensor, eps: float) -> Tensor:

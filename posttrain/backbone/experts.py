@@ -237,11 +237,9 @@ def _served_by_all(
     weight_TE = weight_Tk.new_zeros(tokens, num_experts).scatter_(1, expert_Tk, weight_Tk)
     hidden_TEI.mul_(weight_TE.unsqueeze(-1))
     hidden_TEI = fake_fp8_activation(hidden_TEI) if serving.rounds_inputs else hidden_TEI
-    hidden_ETI = hidden_TEI.transpose(0, 1).contiguous()
-    spans = [slice(tokens * e, tokens * (e + 1)) for e in range(num_experts)]
-    out_PH = _products(hidden_ETI.flatten(0, 1), rounded(down_EHI, x_TH, serving), spans)
+    out_ETH = torch.bmm(hidden_TEI.transpose(0, 1), rounded(down_EHI, x_TH, serving).mT)
     place_Tk = expert_Tk * tokens + torch.arange(tokens, device=x_TH.device).unsqueeze(1)
-    return F.embedding(place_Tk, out_PH).sum(1)
+    return F.embedding(place_Tk, out_ETH.flatten(0, 1)).sum(1)
 
 
 def _products(rows_PA: Tensor, weight_EBA: Tensor, spans: Sequence[slice]) -> Tensor:

@@ -57,8 +57,7 @@ class Batch:
             self._slots.release([row.slot for row in taken])
         for row in taken:
             if not row.response and not self._is_shelved(row):
-                readers = (r for r in self.rows.values() if self._is_reader_for(r, row))
-                leader = next(readers, None)
+                leader = self._reader_for(row)
                 if leader is not None:
                     self._leader[row.slot] = leader
             self.rows[row.slot] = row
@@ -80,9 +79,16 @@ class Batch:
                 self._leader[target] = self._leader.pop(source)
             heappush(self._free, source)
 
-    def _is_reader_for(self, reader: Row, row: Row) -> bool:
-        is_reading = reader.is_reading_prompt and reader.slot not in self._leader
-        return is_reading and same_prompt(reader, row)
+    def _reader_for(self, row: Row) -> Row | None:
+        """The row that reads what `row` would read."""
+        for reader in self.rows.values():
+            if (
+                same_prompt(reader, row)
+                and reader.is_reading_prompt
+                and reader.slot not in self._leader
+            ):
+                return reader
+        return None
 
     def due(self, num_columns: int, num_rows: int) -> tuple[dict[int, int], list[tuple[Row, int]]]:
         """The token to feed to each slot that decodes; the rows that read, `num_rows` at most, and
@@ -148,13 +154,16 @@ class Batch:
         """With the rows whose prompt is on the shelf, now there."""
         shelved, parts = [row for row in self.rows.values() if self._is_shelved(row)], []
         if logits_NV is not None:
-            parts.append(logits_NV[[place for _, place in due]])
+            places = [place for _, place in due]
+            is_first = places == list(range(len(places)))
+            parts.append(logits_NV[: len(places)] if is_first else logits_NV[places])
         if shelved and self._shelf is not None:
             self._slots.unshelve([row.slot for row in shelved])
             for row in shelved:
                 row.unread, row.routes = [], list(self._shelf.routes)
             parts.append(self._shelf.logits_V.expand(len(shelved), -1))
-        return [*(row for row, _ in due), *shelved], torch.cat(parts) if parts else None
+        rows = [*(row for row, _ in due), *shelved]
+        return rows, torch.cat(parts) if len(parts) > 1 else next(iter(parts), None)
 
     def ended(self) -> list[Row]:
         """Rows that have ended; their slots are free."""

@@ -26,7 +26,7 @@ from posttrain.rollout.sampling import Draw, sample, uniform
 from posttrain.rollout.slots import COLUMNS, V4Slots
 from posttrain.rollout.types import Request, Rollout, Said
 
-READERS = 64
+READERS = 128
 """Rows of a chunk, at most: a step has so many times `COLUMNS` tokens beside those that decode."""
 
 
@@ -148,8 +148,10 @@ class Engine:
 
     def _draw(self, rows: list[Row], logits_NV: Tensor) -> Draw:
         """Each row's next token. As all that is computed by row, in whole blocks of rows."""
-        filled = rows + rows[:1] * (whole(len(rows)) - len(rows))
-        fill = torch.arange(len(filled)).clamp(max=len(rows) - 1) if len(filled) > len(rows) else ()
+        missing = whole(len(rows)) - len(rows)
+        filled = rows + rows[-1:] * missing
+        if missing:
+            logits_NV = torch.cat([logits_NV, logits_NV[-1:].expand(missing, -1)])
         requests, device = [row.request for row in filled], logits_NV.device
         keys = np.array([row.key for row in filled], np.uint64)
         places = np.array([len(row.response) for row in filled], np.uint64)
@@ -158,7 +160,7 @@ class Engine:
             return torch.tensor(values, dtype=dtype, device=device)
 
         return sample(
-            logits_NV[fill] if len(fill) else logits_NV,
+            logits_NV,
             torch.from_numpy(uniform(keys, places)).to(device),
             temperature_B=column([r.temperature for r in requests]),
             top_p_B=column([r.top_p for r in requests]),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -13,8 +13,7 @@ from posttrain.rollout.stops import Stops
 from posttrain.rollout.types import Request, Rollout, Said
 
 
-@dataclass(frozen=True, slots=True)
-class Token:
+class Token(NamedTuple):
     """A sampled token, as a row takes it and the journal keeps it."""
 
     token: int

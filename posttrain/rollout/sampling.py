@@ -52,8 +52,8 @@ def sample(
     """One token a row. Temperature 0 is greedy: the lowest of the best tokens."""
     is_greedy_B = temperature_B == 0
     tempered = logits_BV.double() / torch.where(is_greedy_B, 1.0, temperature_B)[:, None]
-    logp_BV = tempered.log_softmax(dim=-1)
-    p_BV, keep_BV = logp_BV.exp(), None
+    p_BV = whole_BV = tempered.softmax(dim=-1)
+    keep_BV = None
     is_cut_B = (top_p_B < 1) | (top_k_B > 0)
     if bool(is_cut_B.any()):
         keep_BV = _support(p_BV, top_p_B, top_k_B)
@@ -63,7 +63,7 @@ def sample(
     token_B = torch.searchsorted(total_BV, uniform_B[:, None] * mass_B1, right=True).squeeze(1)
     token_B = token_B.clamp(max=p_BV.shape[1] - 1)
     token_B = torch.where(is_greedy_B, logits_BV.argmax(dim=-1), token_B)
-    logp_B = logp_BV.gather(1, token_B[:, None]).squeeze(1)
+    logp_B = whole_BV.gather(1, token_B[:, None]).squeeze(1).log()
     kept_logp_B = torch.where(is_cut_B, logp_B - mass_B1.squeeze(1).log(), logp_B)
     return Draw(token_B, logp_B, kept_logp_B, keep_BV)
 

@@ -18,8 +18,8 @@ from posttrain.backbone.chunks import Chunk, room_for, step
 from posttrain.backbone.decode_keys import whole
 from posttrain.backbone.routing import RouteTape
 
-COLUMNS = 32
-"""Tokens of a row in a chunk."""
+COLUMNS = 16
+"""Tokens of a row in a chunk: a prompt's last chunk is filled up to so many."""
 
 
 class V4Slots:
@@ -81,8 +81,7 @@ class V4Slots:
         return logits, _routes(tape, [1] * len(slots) + [len(ids) for _, ids in reading])
 
     def _chunk(self, reading: Sequence[tuple[int, Sequence[int]]]) -> Chunk:
-        """One, two, four ... rows: few shapes, and little filling."""
-        rows = 1 << (len(reading) - 1).bit_length()
+        rows = len(reading)
         ids_DC = np.zeros((rows, COLUMNS), np.int64)
         length_D, slot_D = np.zeros((2, rows), np.int64)
         for row, (slot, ids) in enumerate(reading):

@@ -135,7 +135,9 @@ def test_a_step_is_no_wider_than_its_rows_when_no_more_are_waiting(model: Any) -
         patch.setattr("posttrain.rollout.engine.V4Slots", Watching)
         found = run(model, asked, 64)
     assert max(highest for _, highest in seen) == 39
-    assert [highest < 16 for count, highest in seen[4:] if count == 1] == [True] * 26
+    alone = [highest < 16 for count, highest in seen[4:] if count == 1]
+    assert len(alone) > 20
+    assert all(alone)
     assert found == run(model, asked, 7)
 
 
