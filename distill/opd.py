@@ -29,6 +29,7 @@ from distill.scores import heldout_requests, sampled_scores
 from posttrain.checkpoints import load_model, load_tokenizer, save_checkpoint
 from posttrain.config import learning_rate_factor
 from posttrain.job import Job
+from posttrain.judge import stand_in
 from posttrain.rollout.engine import Engine
 from posttrain.tasks import Task
 
@@ -112,7 +113,15 @@ def open_tasks(stage: OpdStage, tokenizer: Any, job: Job) -> Generator[dict[str,
     with ExitStack() as stack:
         yield {
             spec.name: stack.enter_context(
-                closing(Task(spec, tokenizer, folder=job.folder, seed=job.seed))
+                closing(
+                    Task(
+                        spec,
+                        tokenizer,
+                        folder=job.folder,
+                        seed=job.seed,
+                        judge=stand_in(spec.judge, job.inputs, domain=spec.name),
+                    )
+                )
             )
             for spec in stage.domains
         }

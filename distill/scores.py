@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from posttrain.rollout.engine import Engine
 from posttrain.rollout.types import Request, Rollout
 from posttrain.tasks import Task, heldout_rows
+from rewards.score import mean_reward
 
 
 def heldout_requests(
@@ -34,8 +35,7 @@ def sampled_scores(
     failures = sum(sum(task.failures.values()) for task in tasks.values())
     scores: dict[str, float] = {}
     for name, task in tasks.items():
-        rewards = [score.reward for score in task.score(rollouts[name])]
-        scores[f"score/{name}"] = sum(rewards) / len(rewards)
+        scores[f"score/{name}"] = mean_reward(task.score(rollouts[name]))
     macro = sum(scores.values()) / len(scores)
     failures = sum(sum(task.failures.values()) for task in tasks.values()) - failures
     return {**scores, "score/macro": macro, "grader_failures": failures}

@@ -8,25 +8,29 @@ are kept, compare in pairs. The result does not depend on the order in which rol
 """
 
 import json
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
 
 from posttrain.checkpoints import load_model, load_tokenizer
 from posttrain.domains import DomainSpec, Row
+from posttrain.errors import DataError
 from posttrain.evaluate_config import EvaluateConfig, EvaluateStage
 from posttrain.files import write_atomic
 from posttrain.intervals import mean_interval
 from posttrain.job import Job
+from posttrain.judge import JudgeModel, stand_in
 from posttrain.metrics import Metrics
 from posttrain.rollout.engine import Engine
 from posttrain.rollout.types import Request, Rollout
 from posttrain.tasks import Task, heldout_rows
-from rewards.score import Score
+from rewards.score import Score, mean_reward
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,9 @@ class DomainScores:
     truncated: float
     """Share of the samples cut at max_new_tokens."""
     failures: dict[str, int]
-    """Answers the reward could not judge, by kind; each scored 0."""
+    """Answers the reward could not judge, by kind; each scored 0. But `judge_unparsed`, answers
+    that no vote of the judge could be read for, are left out of every mean; a prompt with no other
+    has the mean of all prompts in the lists."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +70,8 @@ class Transcript:
     """A line or more for each message, such as `assistant: 85`."""
     raw: str
     """The same as the model wrote it, control tokens and tool results included."""
-    score: float
+    score: float | None
+    """None where nobody could judge."""
     reason: str
     finish_reason: str
 
@@ -95,6 +102,9 @@ def work(stage: EvaluateStage, job: Job) -> None:
         recipe_folder=job.folder,
         data_seed=job.seed,
         metrics=job.metrics,
+        judges={
+            spec.name: stand_in(spec.judge, job.inputs, domain=spec.name) for spec in stage.domains
+        },
     )
     lines = [json.dumps(asdict(t), ensure_ascii=False) for t in evaluation.transcripts]
     write_atomic(job.out / "samples.jsonl", "".join(line + "\n" for line in lines))
@@ -109,12 +119,15 @@ def evaluate_checkpoint(
     recipe_folder: Path,
     data_seed: int = 0,
     metrics: Metrics | None = None,
+    judges: Mapping[str, JudgeModel | Path | None] | None = None,
 ) -> Evaluation:
     """Score the checkpoint in `folder` on the held-out prompts of `domains`.
 
     The model goes to a GPU where there is one. `data_seed` is the seed the recipe's data were made
-    with. Raises DataError where a domain has no held-out prompt, and CheckpointError where there is
-    no checkpoint.
+    with; `judges` has, by domain, those that lie in no folder of the recipe's.
+
+    Raises DataError where a domain has no held-out prompt, or no verdict on its answers can be
+    read, and CheckpointError where there is no checkpoint.
     """
     model: Any = load_model(folder)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -122,7 +135,15 @@ def evaluate_checkpoint(
     with ExitStack() as stack:
         tasks = {
             spec.name: stack.enter_context(
-                closing(Task(spec, tokenizer, folder=recipe_folder, seed=data_seed))
+                closing(
+                    Task(
+                        spec,
+                        tokenizer,
+                        folder=recipe_folder,
+                        seed=data_seed,
+                        judge=(judges or {}).get(spec.name),
+                    )
+                )
             )
             for spec in domains
         }
@@ -173,9 +194,9 @@ def score_domain(
     rollouts = sorted(rollouts, key=lambda r: (place[r.prompt_id], r.sample))
     graded = list(zip(rollouts, task.score(rollouts), strict=True))
     sampled = [pair for pair in graded if pair[0].sample < k]
-    greedy = [score.reward for rollout, score in graded if rollout.sample == k]
-    rewards = [score.reward for _, score in sampled]
-    per_prompt = [sum(rewards[i : i + k]) / k for i in range(0, len(rewards), k)]
+    greedy = known([score.reward for rollout, score in graded if rollout.sample == k], task)
+    marks = [score for _, score in sampled]
+    per_prompt = known([mean_reward(marks[i : i + k]) for i in range(0, len(marks), k)], task)
     interval = mean_interval(per_prompt, num_resamples=config.num_resamples, seed=config.seed)
     scores = DomainScores(
         score=sum(per_prompt) / len(rows),
@@ -189,10 +210,23 @@ def score_domain(
         samples_per_prompt=k,
         mean_length=sum(sum(r.is_own) for r, _ in sampled) / len(sampled),
         truncated=sum(r.finish_reason == "length" for r, _ in sampled) / len(sampled),
-        failures=dict(task.failures),
+        failures={**task.failures, **({"judge_unparsed": task.unjudged} if task.unjudged else {})},
     )
     shown = sampled[: config.num_transcripts * k : k]
     return scores, [transcript(task, rollout, score, tokenizer) for rollout, score in shown]
+
+
+def known(values: list[float], task: Task) -> list[float]:
+    """The values with the mean of the others in place of those that nobody could judge: so these
+    move no mean, and each prompt keeps its place. Raises DataError where there are no others."""
+    judged = [value for value in values if not math.isnan(value)]
+    if values and not judged:
+        raise DataError(
+            f"domain {task.name!r}: none of {len(values)} answers has a score, for of the "
+            f"{task.votes[0]} votes of its judge {task.votes[1]} could not be read: give "
+            "judge.checkpoint a model that ends as it is told to, or raise judge.max_new_tokens"
+        )
+    return [fmean(judged) if math.isnan(value) else value for value in values]
 
 
 def transcript(task: Task, rollout: Rollout, score: Score, tokenizer: Any) -> Transcript:
@@ -205,7 +239,7 @@ def transcript(task: Task, rollout: Rollout, score: Score, tokenizer: Any) -> Tr
         prompt=prompt.removeprefix("user: "),
         answer=task.render(whole).removeprefix(prompt).lstrip("\n"),
         raw=tokenizer.decode(rollout.response, clean_up_tokenization_spaces=False),
-        score=score.reward,
+        score=None if math.isnan(score.reward) else score.reward,
         reason=score.reason,
         finish_reason=rollout.finish_reason,
     )

@@ -305,8 +305,8 @@ def answer_of(who: str, line: Mapping[str, Any]) -> dict[str, Any]:
         "pieces": [piece.translate(PLAIN) for piece in MARK.split(text)],
         "raw": line["raw"],
         "is_cut": line["finish_reason"] == "length",
-        "score": decimal(line["score"]),
-        "is_good": line["score"] >= 0.5,
+        "score": "?" if line["score"] is None else decimal(line["score"]),
+        "is_good": (line["score"] or 0.0) >= 0.5,
         "reason": line["reason"],
     }
 
@@ -333,8 +333,11 @@ def failures_of(run: Run) -> dict[str, dict[str, dict[str, int]]]:
     """Answers that no reward could judge: stage -> domain -> kind -> count, without the zeros."""
     found: dict[str, dict[str, dict[str, int]]] = {}
     for name, records in run.records.items():
-        if count := sum(int(record.get("grader_failures") or 0) for record in records):
-            found[name] = {name.split("/")[-1]: {"in training": count}}
+        kinds = {"in training": "grader_failures", "judge_unparsed in training": "judge_unparsed"}
+        counts = {kind: sum(int(r.get(key) or 0) for r in records) for kind, key in kinds.items()}
+        if any(counts.values()):
+            counts = {kind: count for kind, count in counts.items() if count}
+            found[name] = {name.split("/")[-1]: counts}
     for name, by_domain in run.scores.items():
         failed = {d: scores["failures"] for d, scores in by_domain.items() if scores["failures"]}
         if failed:

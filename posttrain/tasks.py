@@ -27,7 +27,11 @@ from posttrain.domains import (
     split,
 )
 from posttrain.errors import DataError, RewardError
+from posttrain.judge import Case, Judge, JudgeModel, load_judge, with_verdict
+from posttrain.judge_config import REWARD
+from posttrain.judge_prompts import judged_field
 from posttrain.rollout.types import Request, Rollout
+from posttrain.transcripts import lines_of, told
 from rewards.environments import replay, tools_of
 from rewards.grader import GradeItem, Grader
 from rewards.score import RewardError as BadReward
@@ -91,7 +95,8 @@ class WorldTurns:
 class Task:
     """A domain's rows, split, with what it takes to sample, score and show answers to them.
 
-    The grading process starts with the first `score`; `close` ends it.
+    The grading process starts with the first `score`, which also loads the judge, if there is one;
+    `close` ends it.
     """
 
     def __init__(
@@ -101,17 +106,26 @@ class Task:
         *,
         folder: Path,
         seed: int,
+        judge: JudgeModel | Path | None = None,
     ) -> None:
-        """Load the rows and the tools. `folder` is the recipe's; `seed` decides generated data.
+        """Load the rows and the tools.
+
+        Args:
+            folder: the recipe's.
+            seed: decides generated data, and what a judge says.
+            judge: who judges where `spec.judge` names no folder (`posttrain.judge.stand_in`).
 
         Raises:
             DataError, RecipeError: what is wrong with the data or a tool.
+            RewardError: there is nobody to judge.
         """
         self.spec = spec
         self.name = spec.name
         self._tokenizer = tokenizer
         self._end = cast("int", tokenizer.eos_token_id)
-        self._folder = folder
+        self._folder, self._seed = folder, seed
+        self._judge_at = self._found_judge(judge)
+        self._judge: Judge | None = None
         self._tools = Toolbox(spec.tools, folder)
         self._prompt_tools = [
             tool.model_dump(include={"name", "description", "parameters"})
@@ -225,15 +239,56 @@ class Task:
         return row.response
 
     def score(self, rollouts: Sequence[Rollout]) -> list[Score]:
-        """The rewards of the rollouts, in order; a truncated one is graded as it is.
+        """The rewards of the rollouts, in order; a truncated one is graded as it is. Where nobody
+        can tell, since a judge cannot be read, the reward is not a number.
 
         Raises:
-            RewardError: if a reward is unknown or its module cannot be imported.
+            RewardError: a reward is unknown, or its module cannot be imported.
+            CheckpointError: the judge cannot be loaded.
         """
+        scores = self._graded(rollouts)
+        if self.spec.judge is None:
+            return scores
+        if self._judge is None:
+            at = self._judge_at
+            model = load_judge(at) if isinstance(at, Path) else at
+            assert model is not None
+            self._judge = Judge(self.spec.judge, model, seed=self._seed)
+        verdicts = self._judge.verdicts([self._case(r) for r in rollouts])
+        weight = self.spec.reward_weights[REWARD]
+        return [with_verdict(*pair, weight) for pair in zip(scores, verdicts, strict=True)]
+
+    def _found_judge(self, given: JudgeModel | Path | None) -> JudgeModel | Path | None:
+        config = self.spec.judge
+        if config is None or given is not None:
+            return given
+        if config.folder is None:
+            raise RewardError(
+                f"domain {self.name!r}: its judge is {config.checkpoint!r}, and there is none "
+                "here: name a checkpoint's folder in judge.checkpoint"
+            )
+        return self._folder / config.folder
+
+    def _case(self, rollout: Rollout) -> Case:
+        config, row = self.spec.judge, self._rows[rollout.prompt_id]
+        assert config is not None
+        fields = {**self.spec.row_defaults, **row.fields}
+        return Case(
+            id=f"{rollout.prompt_id}/{rollout.sample}",
+            prompt=told(self.messages(row)),
+            rubric=judged_field(row, fields, config.rubric),
+            answer=told(self.turns(rollout)),
+            reference=config.reference and judged_field(row, fields, config.reference),
+        )
+
+    def _graded(self, rollouts: Sequence[Rollout]) -> list[Score]:
+        """The sums of all rewards but the judge."""
+        if not self.spec.graded_rewards:
+            return [Score(0.0, "")] * len(rollouts)
         try:
             if self._grader is None:
                 self._grader = Grader(
-                    self.spec.reward_weights,
+                    self.spec.graded_rewards,
                     folder=self._folder,
                     timeout_s=self.spec.reward_timeout_s,
                 )
@@ -271,16 +326,8 @@ class Task:
 
     def render(self, rollout: Rollout) -> str:
         """A transcript, a line or more for each message, such as `user: 38+47=`."""
-        lines: list[str] = []
-        for message in [*self.messages(self._rows[rollout.prompt_id]), *self.turns(rollout)]:
-            if message.get("reasoning"):
-                lines.append(f"{message['role']} thinks: {message['reasoning']}")
-            calls = message.get("tool_calls", [])
-            if message["content"] or not (calls or message.get("reasoning")):
-                lines.append(f"{message['role']}: {message['content']}")
-            for call in calls:
-                arguments = ", ".join(f"{k}={v!r}" for k, v in call["arguments"].items())
-                lines.append(f"{message['role']} calls {call['name']}({arguments})")
+        messages = [*self.messages(self._rows[rollout.prompt_id]), *self.turns(rollout)]
+        lines = [line for message in messages for line in lines_of(message)]
         if rollout.finish_reason == "length":
             lines.append("(cut: out of tokens)")
         return "\n".join(lines)
@@ -289,6 +336,16 @@ class Task:
     def failures(self) -> dict[str, int]:
         """How often a reward failed, by kind of failure; such an answer scored 0."""
         return dict(self._grader.failures) if self._grader else {}
+
+    @property
+    def unjudged(self) -> int:
+        """How many answers have no reward, since no vote of their judge could be read."""
+        return self._judge.num_unjudged if self._judge else 0
+
+    @property
+    def votes(self) -> tuple[int, int]:
+        """Votes that a judge has cast, and how many of them could not be read."""
+        return (self._judge.num_votes, self._judge.num_unread) if self._judge else (0, 0)
 
     @property
     def tool_failures(self) -> dict[str, int]:

@@ -19,6 +19,7 @@ REWARDS: dict[str, str] = {
     "programs": "rewards.programs:score",
     "puzzles": "rewards.puzzles:score",
     "tools": "rewards.tools:score",
+    "verdicts": "rewards.verdicts:score",
 }
 """The rewards that have a name, each with the place of its function."""
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from statistics import fmean
 
 
 class RewardError(ValueError):
@@ -15,11 +17,18 @@ class Score:
     """One graded answer: `Score(0.7, "84 against 85; 3 words", {"exact": 0.0, "short": 1.0})`."""
 
     reward: float
-    """What training maximises: 1 is right, 0 is wrong, for every reward of this package."""
+    """What training maximises: 1 is right, 0 is wrong, for every reward of this package. Not a
+    number where nobody could tell: such an answer is left out, and counted."""
     reason: str
     """Why, in one line for the log."""
     terms: dict[str, float] = field(default_factory=dict[str, float])
     """The value of each named part, before its weight."""
+
+
+def mean_reward(scores: Iterable[Score]) -> float:
+    """The mean over the answers that have a reward; not a number where none has."""
+    known = [score.reward for score in scores if not math.isnan(score.reward)]
+    return fmean(known) if known else math.nan
 
 
 Reward = Callable[..., Score | float]

@@ -8,6 +8,7 @@ The tokens that were sampled are learned, never a text made of them; what tools 
 
 import json
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from posttrain.rollout.worker import run_written
 from posttrain.tasks import Task
 from specialists import training
 from specialists.config import BestOfConfig, BestOfStage
+from specialists.judge import open_task
 from specialists.lora import load_start
 from specialists.rows import TokenRow
 from specialists.sft import learn, split_validation, task_score
@@ -84,7 +86,8 @@ def accept(config: BestOfStage, job: Job) -> dict[str, Any]:
     model: Any = load_model(folder)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     engine = Engine(model, num_slots=how.num_slots, seed=job.seed)
-    task = Task(config.domain, load_tokenizer(folder), folder=job.folder, seed=job.seed)
+    spec = config.domain
+    task = open_task(spec, load_tokenizer(folder), job, actor=model)
     answers: list[dict[str, Any]] = []
     rewards: list[float] = []
     num_prompts = num_cut = 0
@@ -94,12 +97,13 @@ def accept(config: BestOfStage, job: Job) -> dict[str, Any]:
             rewards += [graded.reward for graded in group]
             num_cut += sum(graded.rollout.finish_reason == "length" for graded in group)
             answers += [_record(task, graded) for graded in best(group, how)]
-        failures = sum(task.failures.values())
+        failures, unjudged = sum(task.failures.values()), task.unjudged
+    known = [reward for reward in rewards if not math.isnan(reward)]
     if not answers:
         raise DataError(
-            f"domain {config.domain.name!r}: none of {len(rewards)} answers to {num_prompts} "
+            f"domain {spec.name!r}: none of {len(rewards)} answers to {num_prompts} "
             f"prompts earned best_of.min_reward {how.min_reward:g} uncut (the most was "
-            f"{max(rewards, default=0.0):g}, {num_cut} were cut): lower it, raise "
+            f"{max(known, default=0.0):g}, {num_cut} were cut): lower it, raise "
             "samples_per_prompt or max_new_tokens, or train the domain by sft or grpo first"
         )
     num_solved = len({answer["prompt_id"] for answer in answers})
@@ -110,7 +114,8 @@ def accept(config: BestOfStage, job: Job) -> dict[str, Any]:
         "answers_cut": num_cut,
         "answers_accepted": len(answers),
         "grader_failures": failures,
-        "reward": fmean(rewards),
+        **({"judge_unparsed": unjudged} if spec.judge else {}),
+        "reward": fmean(known),
     }
     logger.info("best of %d answers to each prompt: %s", how.samples_per_prompt, counts)
     return {

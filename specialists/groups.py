@@ -4,6 +4,7 @@ The data set that TRL sees holds the numbers of visits ("0", "1", ...), in the o
 prompts are to be visited; a visit's group is sampled, scored and handed back as token ids.
 """
 
+import math
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from posttrain.domains import Row
 from posttrain.rollout.engine import Engine
 from posttrain.rollout.types import Rollout
 from posttrain.tasks import Task
-from rewards.score import Score
+from rewards.score import Score, mean_reward
 from specialists.choices import fields_of
 from specialists.config import GrpoConfig
 from specialists.curriculum import Curriculum
@@ -26,8 +27,9 @@ FIELD = "score"
 
 
 def handed_on(score: Sequence[float], **_: Any) -> list[float | None]:
-    """TRL's reward function: the scores that came with the rollouts."""
-    return list(score)
+    """TRL's reward function: the scores that came with the rollouts. Where it gets none, the answer
+    is left out of its group's mean and its advantage is 0."""
+    return [None if math.isnan(reward) else reward for reward in score]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,14 +43,15 @@ class Group:
 
     @property
     def rewards(self) -> list[float]:
-        """What trains."""
+        """What trains; not a number where nobody could judge."""
         pairs = zip(self.scores, self.penalties, strict=True)
         return [score.reward - penalty for score, penalty in pairs]
 
     @property
     def spread(self) -> float:
         """The rewards' standard deviation; where it is 0, so is every advantage."""
-        return pstdev(self.rewards)
+        known = [reward for reward in self.rewards if not math.isnan(reward)]
+        return pstdev(known) if known else 0.0
 
 
 class GroupSampler:
@@ -80,6 +83,7 @@ class GroupSampler:
         start, self._scoring_s = time.perf_counter(), 0.0
         visits = [int(prompt) for prompt in prompts[:: self.size]]
         graders, tools = self._num_grader_failures(), self._num_tool_failures()
+        judged = self._num_unjudged_and_votes()
         self._choose(visits)
         first = self.answered(visits)
         self._record(first)
@@ -92,6 +96,7 @@ class GroupSampler:
             "tokens": num_tokens,
             "grader_failures": self._num_grader_failures() - graders,
             "tool_failures": self._num_tool_failures() - tools,
+            **self._judge_metrics(judged),
             "sampling_s": round(time.perf_counter() - start - self._scoring_s, 3),
             "scoring_s": round(self._scoring_s, 3),
         }
@@ -196,6 +201,22 @@ class GroupSampler:
         """Calls of a tool that raised or did not answer in time, so far."""
         return sum(sum(task.tool_failures.values()) for task in self.tasks)
 
+    def _num_unjudged_and_votes(self) -> tuple[int, int, int]:
+        """Answers that no judge's vote could be read for, votes, and those that could not be read,
+        so far."""
+        votes = [task.votes for task in self.tasks]
+        unjudged = sum(task.unjudged for task in self.tasks)
+        return unjudged, sum(cast for cast, _ in votes), sum(unread for _, unread in votes)
+
+    def _judge_metrics(self, before: tuple[int, int, int]) -> dict[str, float]:
+        """Of this sampling, refilled groups included; nothing where nobody judges."""
+        unjudged, num_votes, num_unread = (
+            now - then for now, then in zip(self._num_unjudged_and_votes(), before, strict=True)
+        )
+        if not num_votes:
+            return {}
+        return {"judge_unparsed": unjudged, "votes_unparsed": num_unread / num_votes}
+
     def _task(self, visit: int) -> Task:
         return self.tasks[self.visits[visit][0]]
 
@@ -209,8 +230,8 @@ class GroupSampler:
         scores = [score for group in groups for score in group.scores]
         names = list(dict.fromkeys(name for score in scores for name in score.terms))
         by_domain = {
-            f"reward/{task.name}": _mean(
-                score.reward
+            f"reward/{task.name}": mean_reward(
+                score
                 for score, rollout in zip(scores, rollouts, strict=True)
                 if rollout.domain == task.name
             )
@@ -221,7 +242,7 @@ class GroupSampler:
             for name in names
         }
         return {
-            "reward": fmean(score.reward for score in scores),
+            "reward": mean_reward(scores),
             **(by_domain if len(self.tasks) > 1 else {}),
             **(by_term if len(names) > 1 else {}),
             **(
@@ -251,8 +272,3 @@ def as_trl(rollouts: Sequence[Rollout], rewards: Sequence[float]) -> dict[str, l
 def num_own(groups: Iterable[Group]) -> int:
     """Own tokens of all rollouts."""
     return sum(sum(rollout.is_own) for group in groups for rollout in group.rollouts)
-
-
-def _mean(values: Iterable[float]) -> float:
-    listed = list(values)
-    return fmean(listed) if listed else float("nan")

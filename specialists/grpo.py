@@ -24,6 +24,7 @@ from specialists import training
 from specialists.config import GrpoConfig, GrpoStage
 from specialists.curriculum import Curriculum
 from specialists.groups import GroupSampler, handed_on
+from specialists.judge import open_task
 from specialists.lora import engine_for, load_start
 from specialists.reference import ReferenceRefresh
 from specialists.rows import draw
@@ -43,7 +44,7 @@ def work(config: GrpoStage, job: Job) -> None:
     tokenizer, (model, base) = load_tokenizer(start), load_start(start, grpo.lora)
     with ExitStack() as stack:
         tasks = [
-            stack.enter_context(closing(Task(spec, tokenizer, folder=job.folder, seed=job.seed)))
+            stack.enter_context(closing(open_task(spec, tokenizer, job, actor=model)))
             for spec in config.domains
         ]
         sampler = GroupSampler(

@@ -27,6 +27,7 @@ from specialists.config import (
     SupervisedConfig,
     TuningConfig,
 )
+from specialists.judge import open_task
 from specialists.lora import load_start
 from specialists.rows import TokenRow, draw, sort_within_steps
 from specialists.trl_border import OurSFTTrainer
@@ -69,7 +70,7 @@ def task_score(
     """What grades answers to the validation rows' prompts, with its graders; None: nothing does."""
     with ExitStack() as stack:
         tasks = [
-            stack.enter_context(closing(Task(spec, tokenizer, folder=job.folder, seed=job.seed)))
+            stack.enter_context(closing(open_task(spec, tokenizer, job)))
             for spec in domains
             if config.score
         ]
@@ -105,7 +106,7 @@ def _position(row: TokenRow) -> float:
 
 def demonstrations(spec: DomainSpec, tokenizer: Any, config: SftConfig, job: Job) -> list[TokenRow]:
     """The first `num_demonstrations` of the domain's train split, in the order of their hashes."""
-    with closing(Task(spec, tokenizer, folder=job.folder, seed=job.seed)) as task:
+    with closing(open_task(spec, tokenizer, job)) as task:
         rows = [row for row in task.train if row.response is not None]
         if not rows:
             raise DataError(

@@ -1,6 +1,7 @@
 """Which weights are a training's result: those that do best on rows kept out of it."""
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from statistics import fmean
@@ -12,6 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from posttrain.files import write_atomic
 from posttrain.job import Job
 from posttrain.tasks import Task
+from rewards.score import mean_reward
 from specialists.config import ScoreConfig
 from specialists.lora import engine_for
 
@@ -45,7 +47,7 @@ class TaskScore:
                 task.requests(rows, num_samples=how.samples_per_prompt, temperature=how.temperature)
             )
             answers = sorted(rollouts, key=lambda r: (r.prompt_id, r.sample))
-            found[f"{SCORE}/{task.name}"] = fmean(s.reward for s in task.score(answers))
+            found[f"{SCORE}/{task.name}"] = mean_reward(task.score(answers))
         by_domain = found if len(found) > 1 else {}
         return {SCORE: fmean(found.values()), **by_domain}
 
@@ -85,7 +87,7 @@ class BestWeights(TrainerCallback):
         loss = (metrics or {})["eval_loss"]
         scores = self._score(self._model) if self._score else {}
         self._metrics.log(state.global_step, state.max_steps, validation_loss=loss, **scores)
-        rank = [-scores[SCORE], loss] if self._by_score else [loss]
+        rank = [_worst_last(scores[SCORE]), loss] if self._by_score else [loss]
         best = self._best(before=state.global_step)
         if best is not None and rank >= best:
             return
@@ -117,3 +119,8 @@ class BestWeights(TrainerCallback):
             return None
         found = json.loads(self._record.read_text(encoding="utf-8"))
         return found["rank"] if found["step"] < before else None
+
+
+def _worst_last(score: float) -> float:
+    """A rank by the score; without one, since nobody could judge, it is behind all others."""
+    return math.inf if math.isnan(score) else -score

@@ -21,6 +21,7 @@ FLOORS = (  # a module may import from floors below its own, and from its own ro
             "posttrain.job",
             "posttrain.adapters",
             "posttrain.hashes",
+            "posttrain.judge_config",
         ),
         ("posttrain.backbone",),
         ("posttrain.optim", "posttrain.sharded"),
@@ -43,7 +44,11 @@ FLOORS = (  # a module may import from floors below its own, and from its own ro
         ("posttrain.merge", "posttrain.merge_config"),
         ("posttrain.generated",),
     ),
-    (("posttrain.tasks",), ("posttrain.evaluate_config",), ("posttrain.report_config",)),
+    (
+        ("posttrain.tasks", "posttrain.judge", "posttrain.judge_prompts", "posttrain.transcripts"),
+        ("posttrain.evaluate_config",),
+        ("posttrain.report_config",),
+    ),
     (("specialists",), ("distill",)),  # siblings: neither imports the other
     (
         ("posttrain.doctor",),
@@ -73,6 +78,8 @@ LIGHT = (
     "posttrain.domains",
     "posttrain.evaluate_config",
     "posttrain.job",
+    "posttrain.judge_config",
+    "posttrain.judge_prompts",
     "posttrain.merge_config",
     "posttrain.metrics",
     "posttrain.pipeline.checks",

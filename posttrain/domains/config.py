@@ -5,6 +5,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from posttrain.config import Config, Effort
+from posttrain.judge_config import REWARD, JudgeConfig
 
 SOURCES = ("jsonl", "parquet", "hub", "reasoning_gym", "python")
 
@@ -112,7 +113,9 @@ class DomainSpec(Config):
     data: DataConfig
     """Its rows."""
     reward: str | dict[str, float]
-    """A name from `rewards`, `module:function` of yours, or several with weights."""
+    """A name from `rewards`, `judge`, `module:function` of yours, or several with weights."""
+    judge: JudgeConfig | None = None
+    """Who gives the reward `judge`; null: nobody."""
     environment: Literal["calculator", "database", "files", "store"] | None = None
     """A simulated world in place of `tools`; a row's `environment` says what it starts from, as
     `{kind: store, start: {city: Oslo}}`. The `tools` reward sees where it ends."""
@@ -162,6 +165,18 @@ class DomainSpec(Config):
             raise ValueError(f"environment {self.environment} has tools of its own: remove tools")
         return self
 
+    @model_validator(mode="after")
+    def the_judge_is_asked(self) -> Self:
+        if (REWARD in self.reward_weights) == (self.judge is not None):
+            return self
+        raise ValueError(
+            f"judge says who judges, and reward {self.reward!r} asks nobody: name judge in reward, "
+            "as {judge: 1, ...}, or remove the section"
+            if self.judge
+            else f"reward {self.reward!r} asks a judge: add the section judge, such as "
+            "{checkpoint: actor}"
+        )
+
     @property
     def row_defaults(self) -> dict[str, Any]:
         """What the reward is given for every row, beside and below the row's own fields."""
@@ -177,3 +192,8 @@ class DomainSpec(Config):
     def reward_weights(self) -> dict[str, float]:
         """The rewards with their weights; one without is 1."""
         return {self.reward: 1.0} if isinstance(self.reward, str) else self.reward
+
+    @property
+    def graded_rewards(self) -> dict[str, float]:
+        """Those that are functions: all but the judge."""
+        return {name: weight for name, weight in self.reward_weights.items() if name != REWARD}

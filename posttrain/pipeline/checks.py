@@ -9,10 +9,12 @@ at length is left to the stage that needs it.
 import json
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from posttrain.adapters import find_base
 from posttrain.domains import (
     DataConfig,
     Row,
@@ -31,6 +33,7 @@ from posttrain.pipeline.checkpoint_checks import (
     teacher_tokenizer,
 )
 from posttrain.pipeline.hub import check_on_hub
+from posttrain.pipeline.judges import check_judge, check_judged_rows, context_of
 from posttrain.pipeline.recipe_domain import DomainConfig
 from posttrain.pipeline.recipe_file import RecipeFile
 from posttrain.pipeline.recipe_yaml import FieldPath
@@ -140,14 +143,16 @@ def student_tokenizer(file: RecipeFile) -> Any:
 
 
 def check_functions(file: RecipeFile, name: str, domain: DomainConfig) -> None:
-    """The domain's rewards and tools exist. A user's reward module is read, not yet run."""
-    rewards = [domain.reward] if isinstance(domain.reward, str) else list(domain.reward)
-    for reward in rewards:
+    """The domain's rewards, tools and judge exist. A user's reward module is read, not yet run."""
+    for reward in domain.graded_rewards:
         with naming(file, ("domains", name, "reward")):
             known_reward(reward, file.folder)
     for i, tool in enumerate(domain.tools):
         with naming(file, ("domains", name, "tools", i, "python")):
             import_object(tool.python, file.folder)
+    if domain.judge:
+        with naming(file, ("domains", name, "judge", "checkpoint")):
+            check_judge(file.folder, domain.judge)
 
 
 def check_own_rewards(file: RecipeFile) -> None:
@@ -155,7 +160,7 @@ def check_own_rewards(file: RecipeFile) -> None:
     domains = {
         reward: name
         for name, domain in reversed(file.recipe.domains.items())
-        for reward in domain.reward_weights
+        for reward in domain.graded_rewards
         if reward not in REWARDS
     }
     if not domains:
@@ -219,6 +224,13 @@ def check_data(file: RecipeFile, name: str, domain: DomainConfig) -> None:
             refuse_names_of_tool_arguments(rows)
     check_roles(file, name, domain, rows)
     check_lengths(file, name, domain, rows)
+    if domain.judge:
+        folder, judge = file.folder, domain.judge
+        context = context_of(folder, judge) if judge.folder else context_length(file)
+        with naming(file, where):
+            check_judged_rows(
+                domain, rows, context=context, tokenizer=partial(full_tokenizer, file, judge.folder)
+            )
 
 
 def check_roles(file: RecipeFile, name: str, domain: DomainConfig, rows: list[Row]) -> None:
@@ -332,13 +344,15 @@ def context_length(file: RecipeFile) -> int | None:
     return found if isinstance(found, int) else None
 
 
-def full_tokenizer(file: RecipeFile) -> Any:
-    """The base's tokenizer as the chat format needs it."""
-    base = file.recipe.base
-    if base.path:
+def full_tokenizer(file: RecipeFile, path: str | None = None) -> Any:
+    """The base's tokenizer as the chat format needs it, or that of the checkpoint in `path`."""
+    path = path or file.recipe.base.path
+    if path:
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(file.folder / base.path)
+        folder = file.folder / path
+        has_own = (folder / "tokenizer.json").exists()
+        return AutoTokenizer.from_pretrained(folder if has_own else find_base(folder))
     from posttrain.tokenizer import build_tokenizer
 
     return build_tokenizer()

@@ -24,6 +24,9 @@ BYTES_PER_PARAMETER = 4
 PROMPT_TOKENS = 48
 """A prompt's length where nobody has tokenised it yet."""
 
+JUDGE_TOKENS = 512
+"""What a judge is asked, where nobody has tokenised it yet."""
+
 RESPONSE_SHARE = 0.5
 """A response's length as a share of max_new_tokens."""
 
@@ -76,24 +79,33 @@ def cost_of(config: Config) -> Cost:
         best_of, specs = config.best_of, [config.domain]
         answers = (best_of.num_prompts or TRAIN_PROMPTS) * best_of.samples_per_prompt
         rows = best_of.num_steps * best_of.rows_per_step
-        sampled = answers * _response_tokens(specs)
-        return Cost(trained=rows * _row_tokens(specs), sampled=sampled)
+        asked, said = _judge_tokens(specs)
+        sampled = answers * (_response_tokens(specs) + said)
+        return Cost(trained=rows * _row_tokens(specs), sampled=sampled, scored=answers * asked)
     if isinstance(config, GrpoStage):
         rows = config.grpo.num_steps * config.grpo.rows_per_step
         sampled, row = _response_tokens(config.domains), _row_tokens(config.domains)
-        return Cost(trained=rows * row, sampled=rows * sampled)
+        asked, said = _judge_tokens(config.domains)
+        return Cost(trained=rows * row, sampled=rows * (sampled + said), scored=rows * asked)
     if isinstance(config, OpdStage):
         how = config.distill
         rows = how.num_steps * how.prompts_per_step
         answers = len(config.domains) * how.evaluate_prompts * how.evaluate_samples
         answers *= 1 + math.ceil(how.num_steps / how.evaluate_every) if how.evaluate_every else 0
         sampled, row = _response_tokens(config.domains), _row_tokens(config.domains)
-        return Cost(trained=rows * row, sampled=(rows + answers) * sampled, scored=rows * row)
+        asked, said = _judge_tokens(config.domains)
+        return Cost(
+            trained=rows * row,
+            sampled=(rows + answers) * sampled + answers * said,
+            scored=rows * row + answers * asked,
+        )
     if isinstance(config, EvaluateStage):
         how = config.evaluate
         answers = how.samples_per_prompt + int(how.greedy)
         prompts = len(config.domains) * (how.num_prompts or HELD_OUT_PROMPTS)
-        return Cost(sampled=prompts * answers * _response_tokens(config.domains))
+        asked, said = _judge_tokens(config.domains)
+        sampled = _response_tokens(config.domains) + said
+        return Cost(sampled=prompts * answers * sampled, scored=prompts * answers * asked)
     return Cost()
 
 
@@ -128,6 +140,17 @@ def _seen(directory: Path) -> dict[str, float]:
 
 def _response_tokens(specs: list[DomainSpec]) -> float:
     return RESPONSE_SHARE * sum(spec.max_new_tokens for spec in specs) / max(len(specs), 1)
+
+
+def _judge_tokens(specs: list[DomainSpec]) -> tuple[float, float]:
+    """What judges read and say about an answer, over all domains."""
+    judges = [spec.judge for spec in specs if spec.judge]
+    num_texts = [judge.votes * (2 if judge.pairs else 1) for judge in judges]
+    said = sum(
+        RESPONSE_SHARE * j.max_new_tokens * n for j, n in zip(judges, num_texts, strict=True)
+    )
+    asked = sum(JUDGE_TOKENS * (2 if judge.pairs else 1) for judge in judges)  # votes read it once
+    return asked / max(len(specs), 1), said / max(len(specs), 1)
 
 
 def _row_tokens(specs: list[DomainSpec]) -> float:

@@ -40,7 +40,6 @@ def _digest(path: Path, size: int) -> str:
 
 def named_modules(spec: DomainSpec) -> set[str]:
     """The modules of a domain's rewards and tools, which its stages run by name."""
-    rewards = [spec.reward] if isinstance(spec.reward, str) else list(spec.reward)
-    paths = [REWARDS.get(reward, reward) for reward in rewards]
+    paths = [REWARDS.get(reward, reward) for reward in spec.graded_rewards]
     paths += [tool.python for tool in spec.tools]
     return {path.partition(":")[0] for path in paths}

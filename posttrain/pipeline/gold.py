@@ -1,9 +1,9 @@
 """Do a recipe's graders tell right from wrong? Every row's gold answer is graded, and answers that
 are wrong on purpose: silence, "I do not know.", and another row's gold.
 
-A row's gold is its demonstration; without one, what its fields say: `answer`, and for tools the
-calls of `calls`, `solution` or `call`. A row without gold is graded on silence alone, so that what
-cannot be graded at all is found too.
+A row's gold is its demonstration; without one, what its fields say: `answer`, for tools the
+calls of `calls`, `solution` or `call`, for a judge the `gold_verdict`. A row without gold is graded
+on silence alone, so that what cannot be graded at all is found too.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +20,7 @@ from rewards.grader import GradeItem, Grader
 from rewards.puzzles import best_constant
 from rewards.registry import REWARDS
 from rewards.score import RewardError, Score
+from rewards.verdicts import verdict_line
 
 Message = dict[str, Any]
 Turns = list[Message]
@@ -60,7 +61,7 @@ class GoldFacts:
     num_fooled: int = 0
     """Of them, those that score no less than a gold answer."""
     best_constant: float | None = None
-    """What the most frequent `answer` would score on all rows; None without answers."""
+    """What the most frequent gold would score on all rows; None without."""
     seconds: float = 0.0
     problems: list[str] = field(default_factory=list[str])
 
@@ -70,6 +71,8 @@ class GoldReport:
     """All rewards of a recipe."""
 
     facts: list[GoldFacts]
+    judged: list[str] = field(default_factory=list[str])
+    """Domains with a reward that is a model's verdict, which has no gold."""
 
     @property
     def problems(self) -> list[str]:
@@ -82,6 +85,7 @@ class GoldReport:
     def text(self) -> str:
         """The same facts to read."""
         lines = [_line(fact) for fact in self.facts]
+        lines += [f"{name}: reward judge is a model's verdict: not checked" for name in self.judged]
         return "\n".join([*lines, *(f"  PROBLEM  {problem}" for problem in self.problems)])
 
     def raise_problems(self) -> None:
@@ -105,12 +109,13 @@ def check_gold(file: RecipeFile) -> GoldReport:
                 facts.append(_facts(name, domain, reward, rows, file))
             except RewardError as error:
                 raise DataError(f"domain {name!r}: {error}") from None
-    return GoldReport(facts)
+    domains = file.recipe.domains.items()
+    return GoldReport(facts, [name for name, domain in domains if domain.judge])
 
 
 def _graded(domain: DomainConfig) -> list[str]:
     """The rewards that are to give 1: ours that count for something, and a user's only one."""
-    weights = domain.reward_weights
+    weights = domain.graded_rewards
     named = [name for name, weight in weights.items() if name in REWARDS and weight > 0]
     return named or (list(weights) if len(weights) == 1 else [])
 
@@ -121,7 +126,8 @@ def _facts(
     start = monotonic()
     facts = GoldFacts(name, reward, len(rows))
     golds = [_gold(row, reward) for row in rows]
-    answers = [row.fields["answer"] for row in rows if "answer" in row.fields]
+    key = "gold_verdict" if reward == "verdicts" else "answer"
+    answers = [row.fields[key] for row in rows if key in row.fields]
     if len(answers) == len(rows):
         facts.best_constant = best_constant(answers)[1]
     given = [(row, turns) for row, turns in zip(rows, golds, strict=True) if turns]
@@ -155,6 +161,9 @@ def _gold(row: Row, reward: str) -> Turns | None:
     if row.response:
         return row.response
     fields = row.fields
+    if reward == "verdicts" and "gold_verdict" in fields:
+        content = verdict_line(fields["gold_verdict"])
+        return [{"role": "assistant", "content": content}]
     if reward not in ANSWERED:
         return None
     calls = fields.get("calls") or fields.get("solution")

@@ -262,6 +262,26 @@ class Recipe(Config):
         return self
 
     @model_validator(mode="after")
+    def judges_are_specialists(self) -> Self:
+        domains = self.specialists()
+        for name, domain in domains.items():
+            judge = domain.judge and domain.judge.specialist
+            if not judge:
+                continue
+            field = f"domains.{name.partition('@')[0]}.judge.checkpoint"
+            if judge not in domains or not domains[judge].is_trained:
+                trained = ", ".join(n for n, d in domains.items() if d.is_trained)
+                raise FieldError(field, f"{judge!r} is no specialist of this recipe: {trained} are")
+            theirs = domains[judge].judge
+            if judge == name or (theirs and theirs.specialist):
+                raise FieldError(
+                    field,
+                    f"{judge!r} is judged by a specialist itself: give it another reward, such as "
+                    "verdicts",
+                )
+        return self
+
+    @model_validator(mode="after")
     def baselines_can_be_made(self) -> Self:
         if "mixed" in self.baselines and not (self.mixed and (self.mixed.sft or self.mixed.grpo)):
             raise FieldError(

@@ -25,6 +25,7 @@ from posttrain.evaluate_config import EvaluateStage
 from posttrain.merge_config import MergeStage
 from posttrain.pipeline import source
 from posttrain.pipeline.fingerprints import checkpoint_fingerprint, named_modules
+from posttrain.pipeline.judges import judge_fingerprints, judges_first, judging_stages
 from posttrain.pipeline.ledger import hash_files
 from posttrain.pipeline.recipe import Recipe
 from posttrain.pipeline.recipe_domain import DomainConfig
@@ -45,7 +46,7 @@ TEMPLATES = Path(__file__).resolve().parents[1] / "templates"
 ALONE_THREADS = 2
 """The base is made while nothing else runs: with so many times the threads of other stages."""
 
-UNREWARDED = ("reward", "reward_options", "reward_timeout_s")
+UNREWARDED = ("reward", "reward_options", "reward_timeout_s", "judge")
 """Fields of a domain that pretraining and, without `score` and `evaluate_every`, SFT and OPD do not
 read: they grade nothing."""
 
@@ -120,8 +121,8 @@ class _Builder:
 
     def build(self) -> list[Stage]:
         self._add_base()
-        for name, domain in self.domains.items():
-            self._add_specialist(name, domain)
+        for name in judges_first(self.domains):
+            self._add_specialist(name, self.domains[name])
         for domain in self.recipe.teachers:
             for stage, path in self.recipe.teacher_folders(domain).items():
                 self._add_existing(stage, ExistingStage(path=path))
@@ -157,13 +158,18 @@ class _Builder:
             if spec.decontaminate
             for test, data in spec.decontaminate.against.items()
         }
+        marks |= judge_fingerprints(specs, self.folder)
+        has_actor = isinstance(config, GrpoStage) or (
+            isinstance(config, BestOfStage) and not config.best_of.score
+        )
+        judges = judging_stages(specs, self.specialists, has_actor=has_actor)
         threads = self.recipe.cluster.num_threads
         self.stages.append(
             Stage(
                 name=name,
                 work=work,
                 config=config,
-                inputs=inputs,
+                inputs={**inputs, **judges},
                 num_threads=threads * ALONE_THREADS if is_alone else threads,
                 num_helpers=num_helpers,
                 num_required=required[0],

@@ -17,7 +17,8 @@ from posttrain.job import Job
 from posttrain.metrics import Metrics
 from posttrain.tokenizer import build_tokenizer
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # for stage_runs.py
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]  # for stage_runs.py and judge_models.py
 
 NewJob = Callable[..., Job]
 

@@ -1,0 +1,281 @@
+"""Specialists that a model judges: what it cannot be read on does not train, and a killed run comes
+to the same verdicts."""
+
+import json
+import math
+from collections.abc import Callable
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from judge_models import always_says, counted_characters, counting, saved, saying_either
+from stage_runs import check_killed, trained
+from transformers import TrainerCallback
+
+from posttrain.checkpoints import load_model
+from posttrain.config import OptimizerConfig
+from posttrain.domains import DomainSpec
+from posttrain.job import Job
+from posttrain.judge_config import JudgeConfig
+from posttrain.metrics import Metrics
+from posttrain.rollout.types import Rollout
+from posttrain.rollout.weights import copy_weights, load_weights
+from posttrain.tokenizer import EOS
+from specialists import best_of, grpo, sft, training
+from specialists.config import (
+    BestOfConfig,
+    BestOfStage,
+    GrpoConfig,
+    GrpoStage,
+    SftConfig,
+    SftStage,
+)
+from specialists.groups import as_trl
+from specialists.judge import open_task
+
+NewJob = Callable[..., Job]
+RUBRIC = "Many marks."
+
+
+def judged(words: DomainSpec, *, reward: Any = "judge", **judge: Any) -> DomainSpec:
+    """The domain of short words, whose answers a model judges by one rubric for all."""
+    given = {"checkpoint": "judge", "high": 9, "max_new_tokens": 10, "temperature": 0.0, **judge}
+    changed = {
+        "reward": reward,
+        "judge": JudgeConfig.model_validate(given).model_dump(),
+        "reward_options": {"rubric": RUBRIC},
+    }
+    return DomainSpec.model_validate({**words.model_dump(), **changed})
+
+
+def stage(domains: list[DomainSpec], **settings: Any) -> GrpoStage:
+    defaults = {
+        "num_steps": 3,
+        "prompts_per_step": 2,
+        "samples_per_prompt": 3,
+        "num_slots": 6,
+        "optimizer": OptimizerConfig(learning_rate=1e-3),
+    }
+    return GrpoStage(domains=domains, grpo=GrpoConfig.model_validate({**defaults, **settings}))
+
+
+@pytest.fixture(scope="module")
+def judges(recipe_folder: Path) -> Path:
+    """The recipe's folder, with judges in it."""
+    config = JudgeConfig(checkpoint="judge", high=9)
+    saved(counting(counted_characters(config, rubric=RUBRIC)), recipe_folder / "judge")
+    saved(saying_either("Score: ", "37?"), recipe_folder / "mumbler")
+    return recipe_folder
+
+
+def test_a_judged_run_that_was_killed_goes_on_to_the_same_bits(
+    judges: Path,
+    start: Path,
+    words: DomainSpec,
+    new_job: NewJob,
+    cut_after: Callable[[Path, int], Metrics],
+) -> None:
+    spec = judged(words, checkpoint="mumbler", temperature=1.0, votes=2)
+    config = stage([spec], checkpoint_every=2, num_steps=4)
+    straight, _ = check_killed(partial(grpo.work, config), new_job, cut_after, start=start, last=3)
+    records = trained(straight)
+    assert any(0 < record["votes_unparsed"] < 1 for record in records)
+    assert any(record["reward_std"] > 0 for record in records)
+
+
+def test_a_step_logs_what_the_judge_found(
+    judges: Path, start: Path, words: DomainSpec, new_job: NewJob
+) -> None:
+    job = new_job("grpo", {"start": start})
+    spec = judged(words, reward={"judge": 2.0, "my_letters:share_of_a": 1.0})
+    grpo.work(stage([spec]), job)
+    records = trained(job)
+    for record in records:
+        total = 2 * record["term/judge"] + record["term/my_letters:share_of_a"]
+        assert record["reward"] == pytest.approx(total)
+        assert record["judge_unparsed"] == record["votes_unparsed"] == 0
+    assert any(record["term/judge"] > 0 for record in records)
+
+
+def test_a_run_whose_judge_says_nothing_learns_nothing(
+    judges: Path, start: Path, words: DomainSpec, new_job: NewJob
+) -> None:
+    saved(always_says("no"), judges / "silent")
+    job = new_job("grpo", {"start": start})
+    grpo.work(stage([judged(words, checkpoint="silent")], num_steps=2), job)
+    for record in trained(job):
+        assert record["reward"] is None
+        assert record["judge_unparsed"] == 6
+        assert record["groups_without_spread"] == 1
+        assert record["grad_norm"] == 0
+
+
+class Unjudged:
+    """In a sampler's place: four answers to one prompt, one of which nobody could judge."""
+
+    rewards = (1.0, math.nan, 0.5, 0.0)
+    advantages = (0.5, 0.0, 0.0, -0.5)  # less the mean of the three: 0.5
+
+    def __init__(self) -> None:
+        answers = [[60, 61, 1], [66, 1], [64, 65], [63, 62, 60, 1]]
+        self.visits = (0,)
+        self.rollouts = [
+            Rollout("p", "words", 0, [40, 41, 42], ids, [True] * len(ids), [0.0] * len(ids))
+            for ids in answers
+        ]
+
+    def __call__(self, prompts: list[str], trainer: Any) -> dict[str, list[Any]]:
+        return as_trl(self.rollouts, self.rewards)
+
+    def expected_gradient(self, model: Any) -> dict[str, torch.Tensor]:
+        """d/dw of -(sum over tokens of A log p) / tokens."""
+        total, count = torch.zeros(()), 0
+        for rollout, advantage in zip(self.rollouts, self.advantages, strict=True):
+            ids = [*rollout.prompt, *rollout.response]
+            logp = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+            for t in range(len(rollout.prompt), len(ids)):
+                total, count = total - advantage * logp[t - 1, ids[t]], count + 1
+        (total / count).backward()
+        return gradient_of(model)
+
+
+def gradient_of(model: Any) -> dict[str, torch.Tensor]:
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+class GradientCopy(TrainerCallback):
+    def on_pre_optimizer_step(self, *_: Any, model: Any, **__: Any) -> None:
+        self.gradient = gradient_of(model)
+
+
+def test_an_answer_without_a_verdict_is_in_no_mean_and_has_no_gradient(
+    start: Path, tokenizer: Any, words: DomainSpec, new_job: NewJob
+) -> None:
+    sampler, job = Unjudged(), new_job("grpo")
+    optimizer = OptimizerConfig(learning_rate=1e-3, max_grad_norm=1e9)
+    config = stage(
+        [words], num_steps=1, prompts_per_step=1, samples_per_prompt=4, optimizer=optimizer
+    )
+    model: Any = load_model(start / "checkpoint")
+    trainer: Any = grpo.build_trainer(model, tokenizer, sampler, config, job)  # pyright: ignore[reportArgumentType]
+    trainer.add_callback(found := GradientCopy())
+    training.run(trainer, job, tokenizer)
+    wanted = sampler.expected_gradient(load_model(start / "checkpoint"))
+    torch.testing.assert_close(found.gradient, wanted, rtol=1e-3, atol=1e-6)
+
+
+MARKS = "".join(
+    mark
+    for mark in counted_characters(JudgeConfig(checkpoint="actor", high=9), rubric=RUBRIC)
+    if mark not in "xyz"  # of which prompts are made
+)
+
+
+def test_the_actor_judges_with_the_weights_that_it_has_now(
+    tokenizer: Any, words: DomainSpec, new_job: NewJob
+) -> None:
+    actor, other = counting(MARKS), counting(MARKS.replace("#", ""))
+    spec, model = judged(words, checkpoint="actor"), actor.model
+    with closing(open_task(spec, tokenizer, new_job("grpo"), actor=model)) as task:
+        answers = [
+            Rollout(row.id, "words", 0, [0], ids, [True] * len(ids), [0.0] * len(ids))
+            for row, text in zip(task.train[:2], ("##", "#@"), strict=True)
+            for ids in [tokenizer(text + EOS)["input_ids"]]
+        ]
+        before = [score.reward for score in task.score(answers)]
+        load_weights(model, copy_weights(other.model))
+        after = [score.reward for score in task.score(answers)]
+    assert (before, after) == ([2 / 8, 2 / 8], [0.0, 1 / 8])
+
+
+def test_an_actor_that_judges_itself_goes_on_to_the_same_bits(
+    words: DomainSpec,
+    new_job: NewJob,
+    cut_after: Callable[[Path, int], Metrics],
+    tmp_path: Path,
+) -> None:
+    # it says `Score: 3` or `Score: ?` to everything, also as an answer
+    saved(saying_either("Score: ", "37?"), tmp_path / "start" / "checkpoint")
+    spec = judged(words, checkpoint="actor", temperature=1.0)
+    config = stage([spec], num_steps=4, checkpoint_every=2)
+    start = tmp_path / "start"
+    straight, _ = check_killed(partial(grpo.work, config), new_job, cut_after, start=start, last=3)
+    assert any(record["grad_norm"] > 0 for record in trained(straight))
+
+
+@pytest.fixture
+def marker(tmp_path: Path) -> Path:
+    """A finished stage whose model ends its answers."""
+    saved(saying_either("So: ", "#@abcd"), tmp_path / "marker" / "checkpoint")
+    return tmp_path / "marker"
+
+
+def test_an_actor_that_is_adapted_judges_with_its_adapter(
+    tokenizer: Any, words: DomainSpec, new_job: NewJob
+) -> None:
+    adapter = peft.LoraConfig(r=2, target_modules=["o_proj"], task_type="CAUSAL_LM")
+    model: Any = peft.get_peft_model(counting(MARKS).model, adapter)
+    spec = judged(words, checkpoint="actor")
+    with closing(open_task(spec, tokenizer, new_job("grpo"), actor=model)) as task:
+        ids = tokenizer(f"##{EOS}")["input_ids"]
+        answer = Rollout(task.train[0].id, "words", 0, [0], ids, [True] * 3, [0.0] * 3)
+        before = task.score([answer])[0].reward
+        lora = model.base_model.model.model.layers[0].self_attn.o_proj
+        with torch.no_grad():  # what it counts goes elsewhere
+            lora.lora_A["default"].weight[0, 0] = 1.0
+            lora.lora_B["default"].weight[-1, 0] = -1 / lora.scaling["default"]
+        after = task.score([answer])[0].reward
+    assert (before, after) == (2 / 8, 0.0)
+
+
+def test_best_of_n_takes_what_the_judge_likes_best(
+    judges: Path, marker: Path, words: DomainSpec, new_job: NewJob
+) -> None:
+    how = BestOfConfig(num_prompts=8, samples_per_prompt=4, min_reward=0.1, num_steps=1)
+    job = new_job("best_of", {"start": marker, "sampler": marker})
+    best_of.work(BestOfStage(domain=judged(words), best_of=how), job)
+    accepted = json.loads((job.out / "accepted.json").read_text())
+    assert accepted["counts"]["judge_unparsed"] == 0
+    assert accepted["counts"]["answers"] == 32
+    assert all(answer["reward"] >= 1 / 8 for answer in accepted["answers"])
+
+
+def test_best_of_n_takes_no_answer_that_nobody_could_judge(
+    judges: Path, marker: Path, words: DomainSpec, new_job: NewJob
+) -> None:
+    how = BestOfConfig(num_prompts=8, samples_per_prompt=4, min_reward=0.1, num_steps=1)
+    job = new_job("best_of", {"start": marker, "sampler": marker})
+    spec = judged(words, checkpoint="mumbler", temperature=1.0)
+    best_of.work(BestOfStage(domain=spec, best_of=how), job)
+    accepted = json.loads((job.out / "accepted.json").read_text())
+    assert 0 < accepted["counts"]["judge_unparsed"] < 32
+    assert {answer["reward"] for answer in accepted["answers"]} <= {2 / 8, 6 / 8}
+    assert 2 / 8 < accepted["counts"]["reward"] < 6 / 8
+
+
+@pytest.mark.parametrize(("says", "score"), [("Score: 4", 3 / 8), ("no", None)])
+def test_validation_answers_are_judged_by_the_base(
+    start: Path, words: DomainSpec, new_job: NewJob, tmp_path: Path, says: str, score: float | None
+) -> None:
+    # of the student that learns, as of all checkpoints that are compared, the base is the judge
+    saved(always_says(says), tmp_path / "base" / "checkpoint")
+    how = {
+        "num_steps": 2,
+        "rows_per_step": 4,
+        "validation_share": 0.25,
+        "validate_every": 1,
+        "score": {"num_prompts": 2, "samples_per_prompt": 1},
+        "best_by": "score",
+    }
+    config = SftStage(
+        domains=[judged(words, checkpoint="actor")], sft=SftConfig.model_validate(how)
+    )
+    job = new_job("sft", {"start": start, "judge/words": tmp_path / "base"})
+    sft.work(config, job)
+    found = [r["validation_score"] for r in job.metrics.records() if "validation_score" in r]
+    assert found == [score] * 2
+    assert (job.out / "checkpoint" / "config.json").exists()
