@@ -28,6 +28,7 @@ from distill.roster import Rosters
 from distill.scores import heldout_requests, sampled_scores
 from posttrain.checkpoints import load_model, load_tokenizer, save_checkpoint
 from posttrain.config import learning_rate_factor
+from posttrain.domains import Need
 from posttrain.job import Job
 from posttrain.judge import stand_in
 from posttrain.rollout.engine import Engine
@@ -110,6 +111,9 @@ def clean(out: Path) -> None:
 @contextmanager
 def open_tasks(stage: OpdStage, tokenizer: Any, job: Job) -> Generator[dict[str, Task]]:
     """The domains at work by name; their graders and tools end with the context."""
+    how = stage.distill
+    num_heldout = how.evaluate_prompts if how.evaluate_every else 0
+    need = Need(num_train=how.num_steps * how.prompts_per_step, num_heldout=num_heldout)
     with ExitStack() as stack:
         yield {
             spec.name: stack.enter_context(
@@ -119,6 +123,7 @@ def open_tasks(stage: OpdStage, tokenizer: Any, job: Job) -> Generator[dict[str,
                         tokenizer,
                         folder=job.folder,
                         seed=job.seed,
+                        need=need,
                         judge=stand_in(spec.judge, job.inputs, domain=spec.name),
                     )
                 )

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from posttrain.checkpoints import load_model, load_tokenizer
-from posttrain.domains import DomainSpec, Row
+from posttrain.domains import DomainSpec, Need, Row
 from posttrain.errors import DataError
 from posttrain.evaluate_config import EvaluateConfig, EvaluateStage
 from posttrain.files import write_atomic
@@ -132,6 +132,7 @@ def evaluate_checkpoint(
     model: Any = load_model(folder)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = load_tokenizer(folder)
+    need = Need(num_heldout=config.num_prompts) if config.num_prompts else None
     with ExitStack() as stack:
         tasks = {
             spec.name: stack.enter_context(
@@ -141,6 +142,7 @@ def evaluate_checkpoint(
                         tokenizer,
                         folder=recipe_folder,
                         seed=data_seed,
+                        need=need,
                         judge=(judges or {}).get(spec.name),
                     )
                 )

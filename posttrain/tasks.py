@@ -18,13 +18,14 @@ from posttrain.chat import (
 from posttrain.config import Effort
 from posttrain.domains import (
     DomainSpec,
+    Need,
     Overlap,
     Row,
     Toolbox,
     load_rows,
+    load_sides,
     overlaps,
     refuse_names_of_tool_arguments,
-    split,
 )
 from posttrain.errors import DataError, RewardError
 from posttrain.judge import Case, Judge, JudgeModel, load_judge, with_verdict
@@ -106,6 +107,7 @@ class Task:
         *,
         folder: Path,
         seed: int,
+        need: Need | None = None,
         judge: JudgeModel | Path | None = None,
     ) -> None:
         """Load the rows and the tools.
@@ -113,6 +115,7 @@ class Task:
         Args:
             folder: the recipe's.
             seed: decides generated data, and what a judge says.
+            need: the rows that are read of streamed data; None: all.
             judge: who judges where `spec.judge` names no folder (`posttrain.judge.stand_in`).
 
         Raises:
@@ -134,16 +137,13 @@ class Task:
         ]
         if spec.environment is not None:
             self._prompt_tools = tools_of(spec.environment)
-        rows = load_rows(spec.data, folder=folder, seed=seed)
-        self.train, self.heldout = split(
-            rows, spec.heldout_share, untrained_share=spec.untrained_share
-        )
+        self.train, self.heldout = load_sides(spec, folder=folder, seed=seed, need=need)
         self.contaminated = self._contaminated(seed)
         left_out = {overlap.row.id for overlap in self.contaminated}
         self.train = [row for row in self.train if row.id not in left_out]
         self._rows = {row.id: row for row in (*self.train, *self.heldout)}
         if self._tools:
-            refuse_names_of_tool_arguments(rows)
+            refuse_names_of_tool_arguments(self._rows.values())
         self._grader: Grader | None = None
 
     def _contaminated(self, seed: int) -> list[Overlap]:

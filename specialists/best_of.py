@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from posttrain.checkpoints import load_model, load_tokenizer
+from posttrain.domains import Need
 from posttrain.errors import DataError
 from posttrain.files import write_atomic
 from posttrain.job import Job
@@ -73,7 +74,8 @@ def work(config: BestOfStage, job: Job) -> None:
     start = job.inputs["start"] / training.RESULT
     model, base = load_start(start, config.best_of.lora)
     tokenizer = load_tokenizer(start)
-    with task_score([config.domain], kept, tokenizer, config.best_of, job) as score:
+    need = need_of(config.best_of)
+    with task_score([config.domain], kept, tokenizer, config.best_of, job, need=need) as score:
         learn(
             model, tokenizer, learned, config=config.best_of, job=job,
             facts=accepted["counts"], validation=kept, score=score, base=base,
@@ -87,7 +89,7 @@ def accept(config: BestOfStage, job: Job) -> dict[str, Any]:
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     engine = Engine(model, num_slots=how.num_slots, seed=job.seed)
     spec = config.domain
-    task = open_task(spec, load_tokenizer(folder), job, actor=model)
+    task = open_task(spec, load_tokenizer(folder), job, need=need_of(how), actor=model)
     answers: list[dict[str, Any]] = []
     rewards: list[float] = []
     num_prompts = num_cut = 0
@@ -122,6 +124,11 @@ def accept(config: BestOfStage, job: Job) -> dict[str, Any]:
         "counts": counts,
         "answers": sorted(answers, key=lambda a: (a["prompt_id"], a["sample"])),
     }
+
+
+def need_of(config: BestOfConfig) -> Need | None:
+    """The prompts that are answered; None: all."""
+    return Need(num_train=config.num_prompts) if config.num_prompts else None
 
 
 def graded_groups(

@@ -16,7 +16,7 @@ from datasets import Dataset
 from trl.trainer.grpo_config import GRPOConfig
 
 from posttrain.checkpoints import load_tokenizer
-from posttrain.domains import Row
+from posttrain.domains import Need, Row
 from posttrain.errors import DataError
 from posttrain.job import Job
 from posttrain.tasks import Task
@@ -42,9 +42,10 @@ def work(config: GrpoStage, job: Job) -> None:
     start = job.inputs["start"] / "checkpoint"
     grpo = config.grpo
     tokenizer, (model, base) = load_tokenizer(start), load_start(start, grpo.lora)
+    need = Need(num_train=-(-grpo.num_visits // len(config.domains)))
     with ExitStack() as stack:
         tasks = [
-            stack.enter_context(closing(open_task(spec, tokenizer, job, actor=model)))
+            stack.enter_context(closing(open_task(spec, tokenizer, job, need=need, actor=model)))
             for spec in config.domains
         ]
         sampler = GroupSampler(

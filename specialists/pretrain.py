@@ -15,7 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from posttrain.adapters import copy_adapter, find_base, is_adapter
 from posttrain.backbone import V4ForCausalLM, preset_config
 from posttrain.checkpoints import load_model, load_tokenizer, save_checkpoint
-from posttrain.domains import DomainSpec, Row, is_heldout, load_rows, split
+from posttrain.domains import DomainSpec, Row, is_heldout, load_rows, split, stream_rows
 from posttrain.errors import CheckpointError, DataError
 from posttrain.job import Job
 from posttrain.tasks import Task
@@ -39,7 +39,8 @@ def work(config: PretrainStage, job: Job) -> None:
         return
     tokenizer = build_tokenizer()
     mixture = config.pretrain.mixture
-    clean = [without_heldout(source, config.domains, job) for source in mixture]
+    most = config.pretrain.num_steps * config.pretrain.rows_per_step
+    clean = [without_heldout(source, config.domains, job, most=most) for source in mixture]
     check_disjoint([row for rows, _ in clean for row in rows], config.domains, job)
     sources = {
         f"mixture[{i}]": _tokens(source, rows, tokenizer, config, job)
@@ -101,25 +102,34 @@ def _fetch(model_id: str, revision: str | None) -> str:
 
 
 def without_heldout(
-    source: MixtureConfig, domains: list[DomainSpec], job: Job
+    source: MixtureConfig, domains: list[DomainSpec], job: Job, *, most: int | None = None
 ) -> tuple[list[Row], int]:
-    """The source's rows whose prompt no domain holds out, and how many were taken out."""
-    rows = load_rows(source.data, folder=job.folder, seed=job.seed)
-    rows = [row for row in rows if row.response is not None]
+    """The source's rows whose prompt no domain holds out, streamed ones up to `most`, and how many
+    were taken out."""
     share = max((domain.untrained_share for domain in domains), default=0.0)
-    kept = [row for row in rows if not is_heldout(row.messages, share)]
+    rows = stream_rows(source.data, folder=job.folder, seed=job.seed)
+    kept: list[Row] = []
+    num_dropped = 0
+    for row in (row for row in rows if row.response is not None):
+        if is_heldout(row.messages, share):
+            num_dropped += 1
+            continue
+        kept.append(row)
+        if source.data.streaming and len(kept) == most:
+            break
     if not kept:
         raise DataError(
-            f"the mixture's source {source.data.source} has no row to learn: it has {len(rows)} "
+            f"the mixture's source {source.data.source} has no row to learn: it has {num_dropped} "
             "rows with a response, all of them held out; give it more"
         )
-    return kept, len(rows) - len(kept)
+    return kept, num_dropped
 
 
 def check_disjoint(rows: list[Row], domains: list[DomainSpec], job: Job) -> None:
-    """Asserts, on the domains' own splits, that no held-out prompt is among `rows`."""
+    """Asserts, on the domains' own splits, that no held-out prompt is among `rows`; those of
+    streamed domains are not there to be compared."""
     learned = {row.id for row in rows}
-    for domain in domains:
+    for domain in (domain for domain in domains if not domain.data.streaming):
         _, heldout = split(
             load_rows(domain.data, folder=job.folder, seed=job.seed), domain.heldout_share
         )

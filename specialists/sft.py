@@ -6,6 +6,7 @@ microbatches. Several domains give the SFT of the `mixed` baseline.
 
 import hashlib
 import logging
+import math
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
@@ -16,7 +17,7 @@ from transformers import PreTrainedModel
 from trl.trainer.sft_config import SFTConfig
 
 from posttrain.checkpoints import load_tokenizer
-from posttrain.domains import DomainSpec
+from posttrain.domains import DomainSpec, Need
 from posttrain.errors import DataError
 from posttrain.job import Job
 from posttrain.tasks import Task
@@ -52,7 +53,8 @@ def work(config: SftStage, job: Job) -> None:
     model, base = load_start(start, config.sft.lora)
     rows = {spec.name: demonstrations(spec, tokenizer, config.sft, job) for spec in config.domains}
     learned, kept = split_validation(rows, config.sft.validation_share)
-    with task_score(config.domains, kept, tokenizer, config.sft, job) as score:
+    need = need_of(config.sft)
+    with task_score(config.domains, kept, tokenizer, config.sft, job, need=need) as score:
         learn(
             model, tokenizer, learned, config=config.sft, job=job,
             validation=kept, score=score, base=base,
@@ -66,11 +68,13 @@ def task_score(
     tokenizer: Any,
     config: TuningConfig,
     job: Job,
+    *,
+    need: Need | None = None,
 ) -> Generator[TaskScore | None]:
     """What grades answers to the validation rows' prompts, with its graders; None: nothing does."""
     with ExitStack() as stack:
         tasks = [
-            stack.enter_context(closing(open_task(spec, tokenizer, job)))
+            stack.enter_context(closing(open_task(spec, tokenizer, job, need=need)))
             for spec in domains
             if config.score
         ]
@@ -105,8 +109,10 @@ def _position(row: TokenRow) -> float:
 
 
 def demonstrations(spec: DomainSpec, tokenizer: Any, config: SftConfig, job: Job) -> list[TokenRow]:
-    """The first `num_demonstrations` of the domain's train split, in the order of their hashes."""
-    with closing(open_task(spec, tokenizer, job)) as task:
+    """The first `num_demonstrations` of the domain's train split, in the order of their hashes; of
+    streamed data as many as are learned."""
+    need = need_of(config)
+    with closing(open_task(spec, tokenizer, job, need=need)) as task:
         rows = [row for row in task.train if row.response is not None]
         if not rows:
             raise DataError(
@@ -115,6 +121,12 @@ def demonstrations(spec: DomainSpec, tokenizer: Any, config: SftConfig, job: Job
             )
         chosen = sorted(rows, key=lambda row: row.id)[: config.num_demonstrations]
         return token_rows(task, chosen, config)
+
+
+def need_of(config: SftConfig) -> Need:
+    """The demonstrations of a domain that are learned, and those to validate on."""
+    learned = math.ceil(config.num_steps * config.rows_per_step / (1 - config.validation_share))
+    return Need(num_train=min(config.num_demonstrations or learned, learned), is_answered=True)
 
 
 def learn(

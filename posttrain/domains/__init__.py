@@ -11,12 +11,15 @@ from posttrain.domains.rows import (
     row_of,
     split,
 )
-from posttrain.domains.sources import load_rows
+from posttrain.domains.sides import ROWS_TO_CHECK, Need, load_sides, rows_to_check
+from posttrain.domains.sources import load_rows, stream_rows
 from posttrain.domains.tools import Toolbox
 
 __all__ = [
+    "ROWS_TO_CHECK",
     "DataConfig",
     "DomainSpec",
+    "Need",
     "Overlap",
     "Row",
     "ToolConfig",
@@ -25,8 +28,11 @@ __all__ = [
     "import_object",
     "is_heldout",
     "load_rows",
+    "load_sides",
     "overlaps",
     "refuse_names_of_tool_arguments",
     "row_of",
+    "rows_to_check",
     "split",
+    "stream_rows",
 ]

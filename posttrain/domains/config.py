@@ -43,6 +43,9 @@ class DataConfig(Config):
     returning null; `posttrain.domains.public` has those of public data sets."""
     limit: int | None = Field(default=None, ge=1)
     """The first rows only; null: all."""
+    streaming: bool = False
+    """Read no more rows than a stage needs, from the first one on, instead of all: for data that
+    does not fit in memory, or on the hub. Its order is the data's own: shuffle it beforehand."""
 
     @model_validator(mode="after")
     def exactly_one_source(self) -> Self:
@@ -59,6 +62,12 @@ class DataConfig(Config):
         for option, source in (("subset", "hub"), ("split", "hub"), ("args", "python")):
             if getattr(self, option) and getattr(self, source) is None:
                 raise ValueError(f"{option} belongs to {source}: remove it, or use {source}")
+        return self
+
+    @model_validator(mode="after")
+    def what_is_generated_to_a_size_is_not_streamed(self) -> Self:
+        if self.streaming and self.reasoning_gym is not None:
+            raise ValueError("streaming is for jsonl, parquet, hub and python: remove it")
         return self
 
     @field_validator("reasoning_gym")
@@ -149,6 +158,15 @@ class DomainSpec(Config):
         if twice is not None:
             raise ValueError(f"two tools are called {twice!r}: rename one")
         return value
+
+    @model_validator(mode="after")
+    def what_is_compared_is_read_whole(self) -> Self:
+        if self.decontaminate is not None and self.data.streaming:
+            raise ValueError(
+                "decontaminate compares with every held-out prompt, and streaming reads a few of "
+                "them only: remove one of the two"
+            )
+        return self
 
     @field_validator("reward")
     @classmethod

@@ -16,14 +16,22 @@ from posttrain.errors import DataError
 Placed = tuple[str, object]
 """A raw row after its place, for messages."""
 
+ROWS_PER_BATCH = 1024
+"""Rows of a Parquet file that are decoded at once."""
 
-def load_rows(data: DataConfig, *, folder: Path, seed: int) -> list[Row]:
-    """All rows of a source, in its order, duplicates included.
+
+def load_rows(data: DataConfig, *, folder: Path, seed: int, most: int | None = None) -> list[Row]:
+    """All rows of a source or the first `most`, in its order, duplicates included.
 
     Raises:
         DataError: naming the file, line, field, value and remedy.
         RecipeError: where `python` names no function.
     """
+    return list(islice(stream_rows(data, folder=folder, seed=seed), most))
+
+
+def stream_rows(data: DataConfig, *, folder: Path, seed: int) -> Iterator[Row]:
+    """The same one by one: a row is read when it is asked for."""
     if data.jsonl is not None:
         raw, where = _jsonl(folder / data.jsonl), str(folder / data.jsonl)
     elif data.parquet is not None:
@@ -37,10 +45,12 @@ def load_rows(data: DataConfig, *, folder: Path, seed: int) -> list[Row]:
     named = ((place, _renamed(row, data.columns, place)) for place, row in islice(raw, data.limit))
     if data.convert is not None:
         named = _converted(named, data.convert, folder)
-    rows = [row_of(row, where=place) for place, row in named]
-    if not rows:
+    is_empty = True
+    for place, row in named:
+        is_empty = False
+        yield row_of(row, where=place)
+    if is_empty:
         raise DataError(f"{where} has no rows: needed is at least one, with a prompt")
-    return rows
 
 
 def _renamed(row: object, columns: Mapping[str, str], where: str) -> object:
@@ -88,7 +98,7 @@ def _parquet(path: Path) -> Iterator[Placed]:
     _check_file(path, kind="Parquet")
     try:
         number = 0
-        for batch in cast("Any", pq.ParquetFile(path)).iter_batches():
+        for batch in cast("Any", pq.ParquetFile(path)).iter_batches(batch_size=ROWS_PER_BATCH):
             for row in batch.to_pylist():
                 yield f"{path}, row {number}", {k: v for k, v in row.items() if v is not None}
                 number += 1
@@ -123,7 +133,11 @@ def _hub(data: DataConfig) -> Iterator[Placed]:
 
     wanted = data.split or "train"
     try:
-        rows: Any = datasets.load_dataset(str(data.hub), data.subset, split=wanted)
+        rows: Any = datasets.load_dataset(
+            str(data.hub), data.subset, split=wanted, streaming=data.streaming
+        )
+        for number, row in enumerate(cast("Iterable[object]", rows)):
+            yield f"data set {data.hub!r}, {wanted} row {number}", row
     except Exception as error:
         message = " ".join(str(error).split())[:300]
         raise DataError(
@@ -131,8 +145,6 @@ def _hub(data: DataConfig) -> Iterator[Placed]:
             f"{type(error).__name__}: {message}; correct data.hub, subset or split, or see to the "
             "network; without one, save it as a file and use data.jsonl"
         ) from error
-    for number, row in enumerate(cast("Iterable[object]", rows)):
-        yield f"data set {data.hub!r}, {wanted} row {number}", row
 
 
 def _reasoning_gym(settings: Mapping[str, Any], seed: int) -> Iterator[Placed]:

@@ -16,12 +16,13 @@ from typing import Any
 
 from posttrain.adapters import find_base
 from posttrain.domains import (
+    ROWS_TO_CHECK,
     DataConfig,
     Row,
     import_object,
     is_heldout,
-    load_rows,
     refuse_names_of_tool_arguments,
+    rows_to_check,
     split,
 )
 from posttrain.errors import DataError, PosttrainError
@@ -174,11 +175,13 @@ def check_own_rewards(file: RecipeFile) -> None:
 
 
 def check_source(data: DataConfig, folder: Path, *, heldout_share: float) -> None:
-    """A mixture's source is there; a JSONL file is read whole, and has something to learn."""
+    """A mixture's source is there; a file is read, and has something to learn."""
     if file_name := data.jsonl or data.parquet:
-        rows = load_rows(data, folder=folder, seed=0)
+        rows = rows_to_check(data, folder=folder, seed=0)
         answered = [row for row in rows if row.response]
-        if all(is_heldout(row.messages, heldout_share) for row in answered):
+        if is_whole(data, rows) and all(
+            is_heldout(row.messages, heldout_share) for row in answered
+        ):
             raise DataError(
                 f"{folder / file_name}: of its {len(rows)} rows {len(answered)} have a response "
                 f"or a demonstration, and no such row is left besides those that may be held out "
@@ -188,6 +191,11 @@ def check_source(data: DataConfig, folder: Path, *, heldout_share: float) -> Non
         check_on_hub("dataset", data.hub)
     elif data.python:
         import_object(data.python, folder)
+
+
+def is_whole(data: DataConfig, rows: Sequence[Row]) -> bool:
+    """Whether these are all rows, so that what they lack the data lacks."""
+    return not data.streaming or len(rows) < ROWS_TO_CHECK
 
 
 def check_data(file: RecipeFile, name: str, domain: DomainConfig) -> None:
@@ -200,24 +208,25 @@ def check_data(file: RecipeFile, name: str, domain: DomainConfig) -> None:
     if is_known_generator(domain.data):
         return
     with naming(file, (*where, domain.data.source.partition(" ")[0])):
-        rows = load_rows(domain.data, folder=file.folder, seed=file.recipe.seed)
+        rows = rows_to_check(domain.data, folder=file.folder, seed=file.recipe.seed)
     check_sandbox(file, name, domain, rows)
     share = max(other.heldout_share for other in file.recipe.domains.values())
     train, heldout = split(rows, domain.heldout_share, untrained_share=share)
     for side, found in (("train on", train), ("evaluate on", heldout)):
-        if not found:
+        if not found and is_whole(domain.data, rows):
             raise file.source.error(
                 where,
                 f"none of its {len(rows)} rows is left to {side} at heldout_share "
                 f"{domain.heldout_share:g}: give more rows, or another share",
             )
-    if domain.sft and not any(row.response for row in train):
+    has_response = any(row.response for row in train)
+    if domain.sft and not has_response and is_whole(domain.data, rows):
         raise file.source.error(
             ("domains", name, "sft"),
             f"none of the {len(train)} rows to train on has a response or a demonstration: add "
             "some, or set sft to null",
         )
-    if domain.sft and domain.sft.max_length:
+    if domain.sft and domain.sft.max_length and has_response:
         check_sft_length(file, name, domain, [row for row in train if row.response])
     if domain.tools:
         with naming(file, where):

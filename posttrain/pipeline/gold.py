@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from time import monotonic
 from typing import Any
 
-from posttrain.domains import Row, load_rows
+from posttrain.domains import Row, rows_to_check
 from posttrain.errors import DataError
 from posttrain.pipeline.recipe import DomainConfig
 from posttrain.pipeline.recipe_file import RecipeFile
@@ -103,7 +103,7 @@ def check_gold(file: RecipeFile) -> GoldReport:
     """
     facts: list[GoldFacts] = []
     for name, domain in file.recipe.domains.items():
-        rows = load_rows(domain.data, folder=file.folder, seed=file.recipe.seed)
+        rows = rows_to_check(domain.data, folder=file.folder, seed=file.recipe.seed)
         for reward in _graded(domain):
             try:
                 facts.append(_facts(name, domain, reward, rows, file))

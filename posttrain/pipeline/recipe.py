@@ -217,6 +217,21 @@ class Recipe(Config):
         return self
 
     @model_validator(mode="after")
+    def of_streamed_rows_so_many_are_asked_for(self) -> Self:
+        for name, domain in self.domains.items():
+            if not domain.data.streaming:
+                continue
+            bounds = {"evaluate.num_prompts": self.evaluate.num_prompts}
+            if domain.best_of:
+                bounds[f"domains.{name}.best_of.num_prompts"] = domain.best_of.num_prompts
+            for field, bound in bounds.items():
+                if bound is None:
+                    raise FieldError(
+                        field, f"null is all prompts, and domain {name!r} is streamed: say how many"
+                    )
+        return self
+
+    @model_validator(mode="after")
     def fields_name_domains(self) -> Self:
         known = list(self.specialists())
         given = [("teachers", name, known) for name in self.teachers]

@@ -81,6 +81,20 @@ def test_supervised_training_needs_demonstrations(tmp_path: Path) -> None:
     assert "response" in message
 
 
+def test_of_streamed_rows_the_first_thousand_are_looked_at(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path)
+    row = json.loads((tmp_path / "rows.jsonl").read_text().splitlines()[0])
+    many = [json.dumps({**row, "prompt": f"say {i}"}) for i in range(1001)]
+    for place, is_seen in ((999, True), (1000, False)):
+        lines = [*many[:place], "no JSON", *many[place + 1 :]]
+        (tmp_path / "stream.jsonl").write_text("\n".join(lines))
+        data = "domains.letters.data={jsonl: stream.jsonl, streaming: true}"
+        if is_seen:
+            assert "line 1000: found 'no JSON'" in message_of(path, data)
+        else:
+            checked(path, data)
+
+
 def test_a_role_that_the_bases_tokenizer_cannot_say_is_refused(tmp_path: Path) -> None:
     path = write_recipe(tmp_path)
     reminder = {"role": "latest_reminder", "content": "2026"}
