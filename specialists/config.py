@@ -54,6 +54,12 @@ class MixtureConfig(Config):
     effort: Effort | None = None
     """The effort its prompts are rendered with; null: the domain's, or `none`."""
 
+    @model_validator(mode="after")
+    def a_mixture_is_flat(self) -> Self:
+        if self.data.mixture:
+            raise ValueError("data has a mixture of its own: make its parts sources of this one")
+        return self
+
 
 class PretrainConfig(SupervisedConfig):
     """How a preset's weights are trained from nothing."""

@@ -111,7 +111,7 @@ class GroupSampler:
             return
         self._curriculum.begin(self.engine.version)
         self._chosen = {
-            visit: self._curriculum.choose(visit, *self.visits[visit], self._task(visit).train)
+            visit: self._curriculum.choose(visit, *self.visits[visit], self._alike(visit))
             for visit in visits
         }
 
@@ -223,7 +223,12 @@ class GroupSampler:
     def _row(self, visit: int, attempt: int) -> Row:
         if attempt == 0:
             return self._chosen.get(visit, self.visits[visit][1])
-        return Random(f"{self._seed}/{visit}/{attempt}").choice(self._task(visit).train)
+        return Random(f"{self._seed}/{visit}/{attempt}").choice(self._alike(visit))
+
+    def _alike(self, visit: int) -> list[Row]:
+        """The prompts that may take the place of a visit's: of its domain and part of a mixture."""
+        rows, source = self._task(visit).train, self.visits[visit][1].source
+        return [row for row in rows if row.source == source]
 
     def _summary(self, groups: Sequence[Group]) -> dict[str, float]:
         rollouts = [rollout for group in groups for rollout in group.rollouts]

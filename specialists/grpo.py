@@ -70,15 +70,24 @@ def work(config: GrpoStage, job: Job) -> None:
 
 
 def prompt_order(tasks: list[Task], config: GrpoConfig, *, seed: int) -> list[tuple[int, Row]]:
-    """Which prompt is visited when: (index of its task, row), prompts_per_step of them a step."""
-    for task in tasks:
-        if not task.train:
-            raise DataError(
-                f"domain {task.name!r} has no train prompt left for grpo: give it more rows, or "
-                "lower its heldout_share"
-            )
-    sizes, count = [len(task.train) for task in tasks], config.num_visits
-    return [(task, tasks[task].train[row]) for task, row in draw(sizes, count, seed=seed)]
+    """Which prompt is visited when: (index of its task, row), prompts_per_step of them a step, as
+    many of each task and by weight of the parts of its mixture."""
+    groups: list[tuple[int, list[Row]]] = []
+    weights: list[float] = []
+    for number, task in enumerate(tasks):
+        data = task.spec.data
+        for place, part in enumerate(data.parts):
+            rows = [row for row in task.train if row.source == place]
+            if not rows:
+                raise DataError(
+                    f"domain {task.name!r} has no train prompt of {part.source} left for grpo: "
+                    "give it more rows, or lower its heldout_share"
+                )
+            groups.append((number, rows))
+        weights += data.shares
+    sizes = [len(rows) for _, rows in groups]
+    drawn = draw(sizes, config.num_visits, seed=seed, weights=weights)
+    return [(groups[group][0], groups[group][1][row]) for group, row in drawn]
 
 
 def build_trainer(

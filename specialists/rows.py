@@ -9,6 +9,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
+from posttrain.domains.mixing import interleave
+
 
 @dataclass(frozen=True, slots=True)
 class TokenRow:
@@ -20,6 +22,9 @@ class TokenRow:
     is_learned: list[bool]
     """Whether each token carries loss."""
 
+    source: int = 0
+    """Which part of its domain's mixture it came from."""
+
 
 def shuffled_forever(num_rows: int, *, seed: str) -> Iterator[int]:
     """0 ... num_rows - 1, all of them before any comes again, each time round in a fresh order."""
@@ -28,16 +33,6 @@ def shuffled_forever(num_rows: int, *, seed: str) -> Iterator[int]:
         order = list(range(num_rows))
         rng.shuffle(order)
         yield from order
-
-
-def interleave(weights: Sequence[float]) -> Iterator[int]:
-    """Indices of sources, forever: each time the one that is furthest behind its share."""
-    drawn = [0] * len(weights)
-    while True:
-        due = [weight / sum(weights) * (sum(drawn) + 1) for weight in weights]
-        source = max(range(len(weights)), key=lambda s: (due[s] - drawn[s], -s))
-        drawn[source] += 1
-        yield source
 
 
 def draw(

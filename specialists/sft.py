@@ -53,12 +53,34 @@ def work(config: SftStage, job: Job) -> None:
     model, base = load_start(start, config.sft.lora)
     rows = {spec.name: demonstrations(spec, tokenizer, config.sft, job) for spec in config.domains}
     learned, kept = split_validation(rows, config.sft.validation_share)
+    sources, weights = by_source(config.domains, learned)
     need = need_of(config.sft)
     with task_score(config.domains, kept, tokenizer, config.sft, job, need=need) as score:
         learn(
-            model, tokenizer, learned, config=config.sft, job=job,
+            model, tokenizer, sources, config=config.sft, job=job, weights=weights,
             validation=kept, score=score, base=base,
         )  # fmt: skip
+
+
+def by_source(
+    domains: Sequence[DomainSpec], rows: dict[str, list[TokenRow]]
+) -> tuple[dict[str, list[TokenRow]], list[float]]:
+    """The rows by domain and part of its mixture, and the weight of each: a domain's sum to 1.
+
+    Raises:
+        DataError: a part has no row.
+    """
+    sources: dict[str, list[TokenRow]] = {}
+    for spec in domains:
+        for number, part in enumerate(spec.data.parts):
+            found = [row for row in rows[spec.name] if row.source == number]
+            if not found:
+                raise DataError(
+                    f"domain {spec.name!r}: part {number} of its mixture, {part.source}, gave no "
+                    "row to learn: give it more, or leave it out"
+                )
+            sources[f"{spec.name}[{number}]" if spec.data.mixture else spec.name] = found
+    return sources, [share for spec in domains for share in spec.data.shares]
 
 
 @contextmanager
@@ -220,7 +242,7 @@ def token_rows(task: Task, rows: Sequence[Any], config: SupervisedConfig) -> lis
     examples = task.demonstrations(rows)
     learns_all = config.loss == "all"
     return [
-        TokenRow(row.id, tokens, [learns_all or own for own in is_own])
+        TokenRow(row.id, tokens, [learns_all or own for own in is_own], row.source)
         for row, (tokens, is_own) in zip(rows, examples, strict=True)
     ]
 

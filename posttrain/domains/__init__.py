@@ -1,6 +1,6 @@
 """A domain: where its prompts come from, how they are split, its tools and its reward. No torch."""
 
-from posttrain.domains.config import DataConfig, DomainSpec, ToolConfig
+from posttrain.domains.config import DataConfig, DomainSpec, SourceConfig, ToolConfig
 from posttrain.domains.fingerprint import fingerprint
 from posttrain.domains.objects import import_object
 from posttrain.domains.overlap import Overlap, overlaps
@@ -22,6 +22,7 @@ __all__ = [
     "Need",
     "Overlap",
     "Row",
+    "SourceConfig",
     "ToolConfig",
     "Toolbox",
     "fingerprint",

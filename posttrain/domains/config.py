@@ -1,6 +1,7 @@
 """What a recipe says about a domain and its data."""
 
-from typing import Any, Literal, Self
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -10,15 +11,10 @@ from posttrain.judge_config import REWARD, JudgeConfig
 SOURCES = ("jsonl", "parquet", "hub", "reasoning_gym", "python")
 
 
-class DataConfig(Config):
-    """Where rows come from: exactly one of `jsonl`, `parquet`, `hub`, `reasoning_gym`
-    and `python`.
+class SourceConfig(Config):
+    """One source of rows."""
 
-    A row is `{"prompt": text}` or `{"messages": [...]}` (roles: system, user, assistant, tool, in
-    DeepSeek-V4's format also developer and latest_reminder), and may have a `response` (text,
-    reasoning in `<think>...</think>` in front) or a `demonstration` (assistant and tool messages).
-    Its other fields, such as `answer`, go to the reward and to the tools.
-    """
+    kinds: ClassVar[tuple[str, ...]] = SOURCES
 
     jsonl: str | None = None
     """A file with one JSON object a line; relative to the recipe."""
@@ -49,10 +45,10 @@ class DataConfig(Config):
 
     @model_validator(mode="after")
     def exactly_one_source(self) -> Self:
-        given = [name for name in SOURCES if getattr(self, name) is not None]
+        given = [name for name in self.kinds if getattr(self, name) is not None]
         if len(given) != 1:
             raise ValueError(
-                f"exactly one of {', '.join(SOURCES)} says where rows come from, found "
+                f"exactly one of {', '.join(self.kinds)} says where rows come from, found "
                 f"{' and '.join(given) or 'none'}: keep one"
             )
         return self
@@ -80,9 +76,57 @@ class DataConfig(Config):
     @property
     def source(self) -> str:
         """The one source given, such as `jsonl train.jsonl`, for messages."""
-        name = next(name for name in SOURCES if getattr(self, name) is not None)
+        name = next(name for name in self.kinds if getattr(self, name) is not None)
         value = getattr(self, name)
-        return f"{name} {value['task'] if name == 'reasoning_gym' else value}"
+        of = {"reasoning_gym": lambda: value["task"], "mixture": lambda: f"of {len(value)}"}
+        return f"{name} {of.get(name, lambda: value)()}"
+
+
+class PartConfig(SourceConfig):
+    """A source in a mixture."""
+
+    weight: float = Field(default=1.0, gt=0)
+    """Its share of the rows that SFT learns and of the prompts that GRPO visits, in any unit."""
+
+
+class DataConfig(SourceConfig):
+    """Where rows come from: exactly one of `jsonl`, `parquet`, `hub`, `reasoning_gym`, `python` and
+    `mixture`.
+
+    A row is `{"prompt": text}` or `{"messages": [...]}` (roles: system, user, assistant, tool, in
+    DeepSeek-V4's format also developer and latest_reminder), and may have a `response` (text,
+    reasoning in `<think>...</think>` in front) or a `demonstration` (assistant and tool messages).
+    Its other fields, such as `answer`, go to the reward and to the tools.
+    """
+
+    kinds: ClassVar[tuple[str, ...]] = (*SOURCES, "mixture")
+
+    mixture: list[PartConfig] | None = Field(default=None, min_length=1)
+    """Several sources with weights, each with its own columns, convert and limit. Rows come in
+    turn, each source by its weight as long as it lasts."""
+
+    @model_validator(mode="after")
+    def a_mixtures_parts_have_their_own_settings(self) -> Self:
+        if self.mixture is None:
+            return self
+        if given := [name for name in ("columns", "convert", "limit") if getattr(self, name)]:
+            raise ValueError(f"{given[0]} is a part's: move it into the mixture's sources")
+        if any(part.streaming for part in self.mixture):
+            raise ValueError("streaming is the whole mixture's: write it beside mixture")
+        if self.streaming and any(part.reasoning_gym is not None for part in self.mixture):
+            raise ValueError("streaming is for jsonl, parquet, hub and python: remove it")
+        return self
+
+    @property
+    def parts(self) -> Sequence[SourceConfig]:
+        """The sources: those of the mixture, or the one that this is."""
+        return self.mixture or [self]
+
+    @property
+    def shares(self) -> list[float]:
+        """Of the parts, by their weights; their sum is 1."""
+        weights = [part.weight for part in self.mixture or ()] or [1.0]
+        return [weight / sum(weights) for weight in weights]
 
 
 class ToolConfig(Config):

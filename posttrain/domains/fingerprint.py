@@ -4,8 +4,9 @@ import ast
 import hashlib
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
-from posttrain.domains.config import DataConfig
+from posttrain.domains.config import DataConfig, SourceConfig
 from posttrain.errors import DataError
 
 HOME = Path(__file__).resolve().parents[2]
@@ -22,6 +23,13 @@ def fingerprint(data: DataConfig, folder: Path) -> str:
         DataError: if the file is not there.
     """
     total = hashlib.sha256(data.model_dump_json().encode())
+    for part in data.parts:
+        _add(total, part, folder)
+    return total.hexdigest()
+
+
+def _add(total: Any, data: SourceConfig, folder: Path) -> None:
+    """What one source names."""
     if file_name := data.jsonl or data.parquet:
         path = folder / file_name
         if not path.is_file():
@@ -34,7 +42,6 @@ def fingerprint(data: DataConfig, folder: Path) -> str:
     for source, library in LIBRARIES.items():
         if getattr(data, source) is not None:
             total.update(_version(library).encode())
-    return total.hexdigest()
 
 
 def _version(library: str) -> str:

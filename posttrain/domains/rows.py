@@ -37,6 +37,9 @@ class Row:
     fields: dict[str, Any] = field(default_factory=dict[str, Any])
     """The answer and everything else; goes to the reward and to the tools."""
 
+    source: int = 0
+    """Which part of a mixture it came from."""
+
 
 def row_of(raw: object, *, where: str) -> Row:
     """The row that a source's raw row says; `where` is its place, for messages.

@@ -8,7 +8,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
-from posttrain.domains.config import DataConfig
+from posttrain.domains.config import DataConfig, SourceConfig
+from posttrain.domains.mixing import mixed
 from posttrain.domains.objects import import_object
 from posttrain.domains.rows import Row, row_of, shown
 from posttrain.errors import DataError
@@ -32,12 +33,19 @@ def load_rows(data: DataConfig, *, folder: Path, seed: int, most: int | None = N
 
 def stream_rows(data: DataConfig, *, folder: Path, seed: int) -> Iterator[Row]:
     """The same one by one: a row is read when it is asked for."""
+    parts = [
+        _rows(part, folder=folder, seed=seed, is_streamed=data.streaming) for part in data.parts
+    ]
+    return mixed(parts, data.shares) if data.mixture else parts[0]
+
+
+def _rows(data: SourceConfig, *, folder: Path, seed: int, is_streamed: bool) -> Iterator[Row]:
     if data.jsonl is not None:
         raw, where = _jsonl(folder / data.jsonl), str(folder / data.jsonl)
     elif data.parquet is not None:
         raw, where = _parquet(folder / data.parquet), str(folder / data.parquet)
     elif data.hub is not None:
-        raw, where = _hub(data), f"data set {data.hub!r}"
+        raw, where = _hub(data, is_streamed=is_streamed), f"data set {data.hub!r}"
     elif data.reasoning_gym is not None:
         raw, where = _reasoning_gym(data.reasoning_gym, seed), data.source
     else:
@@ -128,13 +136,13 @@ def _jsonl(path: Path) -> Iterator[Placed]:
                 ) from None
 
 
-def _hub(data: DataConfig) -> Iterator[Placed]:
+def _hub(data: SourceConfig, *, is_streamed: bool) -> Iterator[Placed]:
     import datasets
 
     wanted = data.split or "train"
     try:
         rows: Any = datasets.load_dataset(
-            str(data.hub), data.subset, split=wanted, streaming=data.streaming
+            str(data.hub), data.subset, split=wanted, streaming=is_streamed
         )
         for number, row in enumerate(cast("Iterable[object]", rows)):
             yield f"data set {data.hub!r}, {wanted} row {number}", row
@@ -171,7 +179,7 @@ def _reasoning_gym(settings: Mapping[str, Any], seed: int) -> Iterator[Placed]:
         ) from error
 
 
-def _python(data: DataConfig, folder: Path, seed: int) -> Iterator[Placed]:
+def _python(data: SourceConfig, folder: Path, seed: int) -> Iterator[Placed]:
     path = str(data.python)
     function = import_object(path, folder)
     try:

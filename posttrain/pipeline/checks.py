@@ -19,6 +19,7 @@ from posttrain.domains import (
     ROWS_TO_CHECK,
     DataConfig,
     Row,
+    SourceConfig,
     import_object,
     is_heldout,
     refuse_names_of_tool_arguments,
@@ -201,11 +202,11 @@ def is_whole(data: DataConfig, rows: Sequence[Row]) -> bool:
 def check_data(file: RecipeFile, name: str, domain: DomainConfig) -> None:
     """The domain's rows can be read, split, learned from, and fit into the context."""
     where: FieldPath = ("domains", name, "data")
-    if domain.data.hub:
-        with naming(file, (*where, "hub")):
-            check_on_hub("dataset", domain.data.hub)
-        return
-    if is_known_generator(domain.data):
+    hubs = [part.hub for part in domain.data.parts if part.hub]
+    for hub in hubs:
+        with naming(file, (*where, "mixture" if domain.data.mixture else "hub")):
+            check_on_hub("dataset", hub)
+    if hubs or any(is_known_generator(part) for part in domain.data.parts):
         return
     with naming(file, (*where, domain.data.source.partition(" ")[0])):
         rows = rows_to_check(domain.data, folder=file.folder, seed=file.recipe.seed)
@@ -289,7 +290,7 @@ def check_sandbox(file: RecipeFile, name: str, domain: DomainConfig, rows: Seque
             Sandbox(lowest=level).close()
 
 
-def is_known_generator(data: DataConfig) -> bool:
+def is_known_generator(data: SourceConfig) -> bool:
     """Whether reasoning-gym has the task, read from its sources: importing it takes seconds."""
     spec = find_spec("reasoning_gym")
     if data.reasoning_gym is None or spec is None or spec.origin is None:

@@ -322,7 +322,7 @@ def test_each_recipes_folder_has_its_own_modules(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({}, "exactly one of jsonl, parquet, hub, reasoning_gym, python .* found none"),
+        ({}, "exactly one of jsonl, parquet, hub, .*, mixture says .* found none"),
         ({"jsonl": "a", "hub": "b"}, "found jsonl and hub"),
         ({"jsonl": "a", "subset": "b"}, "subset belongs to hub"),
         ({"hub": "a", "args": {"b": 1}}, "args belongs to python"),
