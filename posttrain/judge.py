@@ -132,9 +132,8 @@ class Judge:
         return self._context is None or length <= self._context
 
     def _content(self, rollout: Rollout) -> str | None:
-        """What the judge says, without what it thinks; None where that has no proper end."""
-        if rollout.finish_reason != "stop":  # `Score: 1` may have been to become `Score: 10`
-            return None
+        """What the judge says, without what it thinks; None where its turn is not whole: `Score: 1`
+        may have been to become `Score: 10`."""
         effort = self._config.effort
         turn = parse_turn(self._judge.tokenizer, rollout.response, effort=effort)
         return None if turn.problem or turn.tool_calls else turn.content

@@ -9,12 +9,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
 from judge_models import always_says, counted_characters, counting, saved, saying_either
 from stage_runs import check_killed, trained
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from posttrain.checkpoints import load_model
 from posttrain.config import OptimizerConfig
@@ -25,17 +24,21 @@ from posttrain.metrics import Metrics
 from posttrain.rollout.types import Rollout
 from posttrain.rollout.weights import copy_weights, load_weights
 from posttrain.tokenizer import EOS
+from rewards.score import Score
 from specialists import best_of, grpo, sft, training
 from specialists.config import (
     BestOfConfig,
     BestOfStage,
     GrpoConfig,
     GrpoStage,
+    LoraConfig,
     SftConfig,
     SftStage,
 )
-from specialists.groups import as_trl
+from specialists.groups import Group, as_trl
 from specialists.judge import open_task
+from specialists.lora import AdaptedEngine, load_start
+from specialists.validation import BestWeights
 
 NewJob = Callable[..., Job]
 RUBRIC = "Many marks."
@@ -215,21 +218,41 @@ def marker(tmp_path: Path) -> Path:
 
 
 def test_an_actor_that_is_adapted_judges_with_its_adapter(
-    tokenizer: Any, words: DomainSpec, new_job: NewJob
+    start: Path, tokenizer: Any, words: DomainSpec, new_job: NewJob
 ) -> None:
-    adapter = peft.LoraConfig(r=2, target_modules=["o_proj"], task_type="CAUSAL_LM")
-    model: Any = peft.get_peft_model(counting(MARKS).model, adapter)
-    spec = judged(words, checkpoint="actor")
+    # the engine reads V4's weights as they are: an adapter has to be merged into them meanwhile
+    model, _ = load_start(start / "checkpoint", LoraConfig(rank=2, alpha=8))
+    weights = {name: weight.clone() for name, weight in model.state_dict().items()}
+    spec = judged(words, checkpoint="actor", temperature=1.0)
     with closing(open_task(spec, tokenizer, new_job("grpo"), actor=model)) as task:
-        ids = tokenizer(f"##{EOS}")["input_ids"]
-        answer = Rollout(task.train[0].id, "words", 0, [0], ids, [True] * 3, [0.0] * 3)
-        before = task.score([answer])[0].reward
-        lora = model.base_model.model.model.layers[0].self_attn.o_proj
-        with torch.no_grad():  # what it counts goes elsewhere
-            lora.lora_A["default"].weight[0, 0] = 1.0
-            lora.lora_B["default"].weight[-1, 0] = -1 / lora.scaling["default"]
-        after = task.score([answer])[0].reward
-    assert (before, after) == (2 / 8, 0.0)
+        judge: Any = task._judge_at
+        assert isinstance(judge.new_engine(judge.model, num_slots=1, seed=0), AdaptedEngine)
+        ids = task.train[0].id
+        task.score([Rollout(ids, "words", 0, [0], [60, 1], [True] * 2, [0.0] * 2)])
+    assert task.votes[0] == 1
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, weights[name]), name
+
+
+def test_a_group_that_differs_in_what_nobody_could_judge_has_no_spread() -> None:
+    rollout = Rollout("p", "words", 0, [40], [60], [True], [0.0])
+    scores = [Score(0.5, ""), Score(math.nan, ""), Score(0.5, "")]
+    group = Group([rollout] * 3, scores, [0.0] * 3)
+    assert group.spread == 0.0
+
+
+def test_weights_that_nobody_could_judge_are_not_the_best(new_job: NewJob) -> None:
+    model, scores = torch.nn.Linear(1, 1), iter([math.nan, 0.5, math.nan, 0.25])
+    best = BestWeights(
+        model,
+        new_job("sft"),
+        score=lambda _: {"validation_score": next(scores)},
+        by_score=True,
+    )
+    for step in range(1, 5):
+        state = TrainerState(global_step=step, max_steps=4)
+        best.on_evaluate(TrainingArguments(), state, TrainerControl(), {"eval_loss": 1.0})
+    assert best.restore() == 2
 
 
 def test_best_of_n_takes_what_the_judge_likes_best(
