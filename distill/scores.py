@@ -28,14 +28,18 @@ def sampled_scores(
     engine: Engine, requests: list[Request], tasks: Mapping[str, Task]
 ) -> dict[str, float]:
     """`score/<domain>`: the mean over its samples; `score/macro`: the mean over the domains;
-    `grader_failures`: answers that a reward could not judge, each scored 0."""
+    `grader_failures`: answers that a reward could not judge, each scored 0; `judge_unparsed`, where
+    there are any: those that no vote of a judge could be read for, which are in no mean."""
     rollouts: dict[str, list[Rollout]] = {name: [] for name in tasks}
     for rollout in sorted(engine.run(requests), key=lambda r: (r.prompt_id, r.sample)):
         rollouts[rollout.domain].append(rollout)
     failures = sum(sum(task.failures.values()) for task in tasks.values())
+    unjudged = sum(task.unjudged for task in tasks.values())
     scores: dict[str, float] = {}
     for name, task in tasks.items():
         scores[f"score/{name}"] = mean_reward(task.score(rollouts[name]))
     macro = sum(scores.values()) / len(scores)
     failures = sum(sum(task.failures.values()) for task in tasks.values()) - failures
-    return {**scores, "score/macro": macro, "grader_failures": failures}
+    unjudged = sum(task.unjudged for task in tasks.values()) - unjudged
+    counts = {"grader_failures": failures, **({"judge_unparsed": unjudged} if unjudged else {})}
+    return {**scores, "score/macro": macro, **counts}

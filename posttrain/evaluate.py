@@ -224,8 +224,8 @@ def known(values: list[float], task: Task) -> list[float]:
     judged = [value for value in values if not math.isnan(value)]
     if values and not judged:
         raise DataError(
-            f"domain {task.name!r}: none of {len(values)} answers has a score, for of the "
-            f"{task.votes[0]} votes of its judge {task.votes[1]} could not be read: give "
+            f"domain {task.name!r}: no answer has a score, for of the {task.votes[0]} votes of its "
+            f"judge {task.votes[1]} could not be read: give "
             "judge.checkpoint a model that ends as it is told to, or raise judge.max_new_tokens"
         )
     return [fmean(judged) if math.isnan(value) else value for value in values]

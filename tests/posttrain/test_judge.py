@@ -17,6 +17,7 @@ from judge_models import (
     saying_either,
 )
 
+from distill.scores import heldout_requests, sampled_scores
 from posttrain.domains import DomainSpec
 from posttrain.errors import DataError, RewardError
 from posttrain.evaluate import evaluate_checkpoint
@@ -24,6 +25,7 @@ from posttrain.evaluate_config import EvaluateConfig
 from posttrain.judge import Case, Judge, JudgeModel, load_judge, worth
 from posttrain.judge_config import JudgeConfig
 from posttrain.judge_prompts import judge_messages, judging_row
+from posttrain.rollout.engine import Engine
 from posttrain.rollout.types import Rollout
 from posttrain.rollout.weights import copy_weights, load_weights
 from posttrain.tasks import Task
@@ -331,3 +333,16 @@ def test_answers_that_nobody_could_judge_move_no_mean(folder: Path) -> None:
 def test_a_judge_that_nobody_understands_ends_the_evaluation(folder: Path) -> None:
     with pytest.raises(DataError, match=r"marks.*48 votes.*48 could not be read"):
         evaluated(folder, always_says("no"))
+
+
+def test_a_distillations_scores_leave_out_what_nobody_could_judge(folder: Path) -> None:
+    actor, judge = saying_either("So: ", "#@abc"), saying_either("Score: ", "7?")
+    spec = spec_of(temperature=1.0)
+    with closing(Task(spec, build_tokenizer(), folder=folder, seed=0, judge=judge)) as task:
+        tasks = {"marks": task}
+        requests = heldout_requests(tasks, num_prompts=8, num_samples=2)
+        engine = Engine(actor.model, num_slots=8, seed=0)
+        found = [sampled_scores(engine, requests, tasks) for _ in range(2)]
+    assert found[0] == found[1]
+    assert found[0]["score/marks"] == pytest.approx(6 / 8)
+    assert 0 < found[0]["judge_unparsed"] == task.unjudged / 2 < 16
