@@ -1,20 +1,16 @@
-"""Judges made by hand: Llamas of one layer whose next token is looked up by the last one, and one
-that counts."""
+"""Judges made by hand: what they say is looked up, but for one that counts."""
 
-from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from lookup_models import looking_up, with_words
 
 from posttrain.checkpoints import save_checkpoint
 from posttrain.judge import JudgeModel
 from posttrain.judge_config import JudgeConfig
 from posttrain.judge_prompts import judge_messages
-from posttrain.tokenizer import BOS, END_THINK, EOS, PAD, SPECIAL_TOKENS, build_tokenizer
+from posttrain.tokenizer import END_THINK, EOS, build_tokenizer
 
 LENGTH = 420
 """About as many tokens as a judge of one short answer reads; counts are shares of it."""
@@ -25,35 +21,6 @@ def counted_characters(config: JudgeConfig, *, rubric: str) -> str:
     frame = judge_messages(config, prompt="", rubric=rubric, answers=[""])
     text = "".join(message["content"] for message in frame)
     return "".join(chr(i) for i in range(33, 127) if chr(i) not in text)
-
-
-def looking_up(tokenizer: Any, following: Mapping[str, str], *, context: int = 4096) -> Any:
-    """A model that says `following` token by token; embeddings are one-hot, the layer adds nothing.
-    The last dimension is free."""
-    ids = tokenizer.get_vocab()
-    config = LlamaConfig(
-        vocab_size=len(ids),
-        hidden_size=len(ids) + 1,
-        intermediate_size=4,
-        num_hidden_layers=1,
-        num_attention_heads=1,
-        head_dim=4,
-        max_position_embeddings=context,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    model: Any = LlamaForCausalLM(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.zero_()
-        for name, parameter in model.named_parameters():
-            if name.endswith("norm.weight"):
-                parameter.fill_(1.0)
-        model.model.embed_tokens.weight.copy_(torch.eye(len(ids), len(ids) + 1))
-        for token, next_token in following.items():
-            model.lm_head.weight[ids[next_token], ids[token]] = 1000.0
-    return model.eval()
 
 
 def spelling(text: str) -> dict[str, str]:
@@ -89,22 +56,7 @@ def counting(counted: str) -> JudgeModel:
 
 def prefers_the_first() -> JudgeModel:
     """`Better: A`, whatever is asked; with a tokenizer of its own, in which `Better:` is one."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    merges = [("B", "e"), ("t", "t"), ("Be", "tt"), ("e", "r"), ("Bett", "er"), ("Better", ":")]
-    tokens = [*SPECIAL_TOKENS, *alphabet, *map("".join, merges)]
-    backend = Tokenizer(
-        models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges)
-    )
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([AddedToken(t, normalized=False) for t in SPECIAL_TOKENS])
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        bos_token=BOS,
-        eos_token=EOS,
-        pad_token=PAD,
-        clean_up_tokenization_spaces=False,
-    )
+    tokenizer = with_words("Better:")
     says = {END_THINK: "Better:", "Better:": "Ġ", "Ġ": "A", "A": EOS}
     return JudgeModel(looking_up(tokenizer, says), tokenizer)
 
