@@ -41,7 +41,8 @@ class SourceConfig(Config):
     """The first rows only; null: all."""
     streaming: bool = False
     """Read no more rows than a stage needs, from the first one on, instead of all: for data that
-    does not fit in memory, or on the hub. Its order is the data's own: shuffle it beforehand."""
+    does not fit in memory, or on the hub. Its order is the data's own: shuffle it beforehand.
+    What is checked before a run are the first 1000."""
 
     @model_validator(mode="after")
     def exactly_one_source(self) -> Self:

@@ -14,7 +14,14 @@ from posttrain.config import Config
 from posttrain.domains import DomainSpec
 from posttrain.evaluate_config import EvaluateStage
 from posttrain.pipeline.stages import Stage
-from specialists.config import BestOfStage, ExistingStage, GrpoStage, PretrainStage, SftStage
+from specialists.config import (
+    BestOfStage,
+    ExistingStage,
+    GrpoStage,
+    PretrainStage,
+    SftStage,
+    TuningConfig,
+)
 
 PARAMETERS = {"tiny": 1.1e6, "small": 25e6}
 
@@ -73,11 +80,15 @@ def cost_of(config: Config) -> Cost:
         rows = config.pretrain.num_steps * config.pretrain.rows_per_step
         return Cost(trained=rows * _row_tokens(config.domains))
     if isinstance(config, SftStage):
-        rows = config.sft.num_steps * config.sft.rows_per_step
-        return Cost(trained=rows * _row_tokens(config.domains))
+        rows, specs = config.sft.num_steps * config.sft.rows_per_step, config.domains
+        answers = len(specs) * _validation_answers(config.sft)
+        asked, said = _judge_tokens(specs)
+        sampled = answers * (_response_tokens(specs) + said)
+        return Cost(trained=rows * _row_tokens(specs), sampled=sampled, scored=answers * asked)
     if isinstance(config, BestOfStage):
         best_of, specs = config.best_of, [config.domain]
         answers = (best_of.num_prompts or TRAIN_PROMPTS) * best_of.samples_per_prompt
+        answers += _validation_answers(best_of)
         rows = best_of.num_steps * best_of.rows_per_step
         asked, said = _judge_tokens(specs)
         sampled = answers * (_response_tokens(specs) + said)
@@ -107,6 +118,18 @@ def cost_of(config: Config) -> Cost:
         sampled = _response_tokens(config.domains) + said
         return Cost(sampled=prompts * answers * sampled, scored=prompts * answers * asked)
     return Cost()
+
+
+def _validation_answers(config: TuningConfig) -> int:
+    """Answers of a domain that are graded while it is trained."""
+    if config.score is None:
+        return 0
+    prompts = config.score.num_prompts or HELD_OUT_PROMPTS
+    return (
+        prompts
+        * config.score.samples_per_prompt
+        * math.ceil(config.num_steps / config.validate_every)
+    )
 
 
 def num_parameters(stages: list[Stage], folder: Path) -> float:

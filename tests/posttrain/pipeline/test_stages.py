@@ -324,6 +324,17 @@ def test_an_existing_base_is_known_by_its_content(folder: Path) -> None:
     assert changed(before, keys(folder, content)) == set(before)
 
 
+def test_answers_that_sft_grades_or_learns_are_counted(folder: Path, tmp_path: Path) -> None:
+    content = with_field("domains.sums.best_of", {"num_steps": 2, "rows_per_step": 4})
+    content["domains"]["sums"]["best_of"] |= {"num_prompts": 10, "samples_per_prompt": 3}
+    score = {"validation_share": 0.5, "validate_every": 4, "score": {"num_prompts": 7}}
+    content["domains"]["sums"]["sft"] |= score
+    found = {s.name: s for s in plan(Recipe.model_validate(content), folder, tmp_path / "r").stages}
+    # 10 steps x 8 rows of 80 tokens; after 4, 8 and 10 steps 7 answers of 32
+    assert found["sft/sums"].tokens == 10 * 8 * 80 + 3 * 7 * 32
+    assert found["best_of/sums"].tokens == 2 * 4 * 80 + 10 * 3 * 32
+
+
 def test_a_plan_knows_what_is_done_and_sums_up(folder: Path, tmp_path: Path) -> None:
     recipe = Recipe.model_validate(CONTENT)
     directory = tmp_path / "run"
