@@ -12,6 +12,7 @@ It stands here, below GRPO and evaluation, because both score answers through a 
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,8 @@ from posttrain.rollout.engine import Engine
 from posttrain.rollout.types import Request, Rollout
 from rewards.score import Score, shown
 from rewards.verdicts import read_better, read_score
+
+LOGGER = logging.getLogger(__name__)
 
 MAX_SHOWN = 200
 """Characters of what the judge wrote, in a reason."""
@@ -92,7 +95,12 @@ class Judge:
         engine = make(model, num_slots=self._config.num_slots, seed=self._seed)
         fitting = [request for request in requests if self._fits(request)]
         said = {(r.prompt_id, r.sample): self._content(r) for r in engine.run(fitting)}
-        return [self._verdict(case, said) for case in cases]
+        found = [self._verdict(case, said) for case in cases]
+        if found and all(verdict.value is None for verdict in found):
+            LOGGER.warning(
+                "nothing could be judged, of %d answers: %s", len(found), found[0].reason
+            )
+        return found
 
     def _requests(self, case: Case) -> list[Request]:
         config = self._config

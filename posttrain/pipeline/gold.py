@@ -13,6 +13,7 @@ from typing import Any
 
 from posttrain.domains import Row, rows_to_check
 from posttrain.errors import DataError
+from posttrain.judge_config import REWARD as JUDGE
 from posttrain.pipeline.recipe import DomainConfig
 from posttrain.pipeline.recipe_file import RecipeFile
 from posttrain.pipeline.words import shown
@@ -47,7 +48,8 @@ NUM_EXAMPLES = 3
 
 @dataclass
 class GoldFacts:
-    """One reward of one domain: how its graders do on answers whose worth is known."""
+    """One reward of one domain: how its graders do on answers whose worth is known; nothing is
+    known of a judge, whose verdicts have no gold."""
 
     domain: str
     reward: str
@@ -71,8 +73,6 @@ class GoldReport:
     """All rewards of a recipe."""
 
     facts: list[GoldFacts]
-    judged: list[str] = field(default_factory=list[str])
-    """Domains with a reward that is a model's verdict, which has no gold."""
 
     @property
     def problems(self) -> list[str]:
@@ -85,7 +85,6 @@ class GoldReport:
     def text(self) -> str:
         """The same facts to read."""
         lines = [_line(fact) for fact in self.facts]
-        lines += [f"{name}: reward judge is a model's verdict: not checked" for name in self.judged]
         return "\n".join([*lines, *(f"  PROBLEM  {problem}" for problem in self.problems)])
 
     def raise_problems(self) -> None:
@@ -109,8 +108,9 @@ def check_gold(file: RecipeFile) -> GoldReport:
                 facts.append(_facts(name, domain, reward, rows, file))
             except RewardError as error:
                 raise DataError(f"domain {name!r}: {error}") from None
-    domains = file.recipe.domains.items()
-    return GoldReport(facts, [name for name, domain in domains if domain.judge])
+        if domain.judge:
+            facts.append(GoldFacts(name, JUDGE, len(rows)))
+    return GoldReport(facts)
 
 
 def _graded(domain: DomainConfig) -> list[str]:
@@ -237,6 +237,8 @@ def _first_bad(scores: Sequence[Score]) -> str:
 
 
 def _line(fact: GoldFacts) -> str:
+    if fact.reward == JUDGE:
+        return f"{fact.domain}: reward judge, {fact.num_rows} rows: a model's verdict, not checked"
     constant = "" if fact.best_constant is None else f"; a constant scores {fact.best_constant:.3f}"
     return (
         f"{fact.domain}: reward {fact.reward}, {fact.num_rows} rows: {fact.num_right} of "

@@ -15,7 +15,9 @@ from judge_models import (
     prefers_the_first,
     saved,
     saying_either,
+    spelling,
 )
+from lookup_models import looking_up
 
 from distill.scores import heldout_requests, sampled_scores
 from posttrain.domains import DomainSpec
@@ -29,7 +31,7 @@ from posttrain.rollout.engine import Engine
 from posttrain.rollout.types import Rollout
 from posttrain.rollout.weights import copy_weights, load_weights
 from posttrain.tasks import Task
-from posttrain.tokenizer import ASSISTANT, BOS, END_THINK, EOS, USER, build_tokenizer
+from posttrain.tokenizer import ASSISTANT, BOS, END_THINK, EOS, THINK, USER, build_tokenizer
 from rewards import verdicts
 
 RUBRIC = "Many marks."
@@ -104,11 +106,24 @@ def test_votes_that_cannot_be_read_are_left_out_and_counted() -> None:
     assert 2 * judge.num_unjudged < judge.num_unread < 60
 
 
+@pytest.mark.parametrize(("ends", "value"), [(END_THINK, 0.25), (EOS, None)])
+def test_what_a_judge_thinks_is_no_verdict(ends: str, value: float | None) -> None:
+    # it thinks a letter, and then says `Score: 3`, or ends
+    tokenizer = build_tokenizer()
+    model = looking_up(tokenizer, {**spelling("Score: 3"), THINK: "x", "x": ends})
+    judge = judge_of(JudgeModel(model, tokenizer), effort="high")
+    assert judge.verdicts([case("y")])[0].value == value
+
+
 @pytest.mark.parametrize("says", ["Score; 3", "Score: ", "3", "Better: C"])
-def test_a_judge_that_cannot_be_read_gives_no_verdict(says: str) -> None:
+def test_a_judge_that_cannot_be_read_gives_no_verdict(
+    says: str, caplog: pytest.LogCaptureFixture
+) -> None:
     judge = judge_of(always_says(says))
-    (verdict,) = judge.verdicts([case("Score: 9")])
+    with caplog.at_level("WARNING"):
+        (verdict,) = judge.verdicts([case("Score: 9")])
     assert verdict.value is None
+    assert "nothing could be judged, of 1 answers" in caplog.text
     assert judge.num_unjudged == judge.num_unread == judge.num_votes == 1
 
 

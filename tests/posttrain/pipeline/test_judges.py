@@ -152,11 +152,12 @@ def test_a_judge_costs_what_it_reads_and_says(path: Path, tmp_path: Path) -> Non
 
 def test_gold_answers_are_not_put_to_a_judge(path: Path) -> None:
     report = check_gold(load_recipe(str(path)))
-    assert [fact.reward for fact in report.facts] == ["exact"]
-    assert "letters: reward judge is a model's verdict: not checked" in report.text()
+    assert [fact.reward for fact in report.facts] == ["exact", "judge"]
+    assert report.json()[1]["num_gold"] == report.json()[1]["num_wrong"] == 0
+    assert "letters: reward judge, 64 rows: a model's verdict, not checked" in report.text()
     only = check_gold(load_recipe(str(path), ["domains.letters.reward=judge"]))
-    assert only.facts == []
-    assert only.judged == ["letters"]
+    assert [fact.reward for fact in only.facts] == ["judge"]
+    assert only.problems == []
 
 
 def test_a_judge_that_is_trained_is_checked_by_its_gold_verdicts(path: Path) -> None:
