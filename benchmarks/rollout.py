@@ -4,8 +4,9 @@
 sampled at T = 1 from the same weights; fp32, one thread, every measurement a process of its own.
 `generate` runs the stock DeepSeek-V4 class in batches of several sizes, left padded, in the order
 of the prompts, each until the longest answer of its batch is done; its best size is what ours is
-measured against. (Stock is wrong on padded rows of V4, which costs it no time.) Times are of the
-processor; memory is the peak above what the process held once the model was built.
+measured against. (Stock is wrong on padded rows of V4, which costs it no time.) `generate` on our
+class, which is how TRL's trainers sample, stands beside them. Times are of the processor; memory is
+the peak above what the process held once the model was built.
 """
 
 import argparse
@@ -35,10 +36,17 @@ SHORTEST, LONGEST, MEAN_ANSWER = 8, 128, 48
 WAYS = (
     *(f"tiny/posttrain/{n}" for n in (64, 128, 256)),
     *(f"tiny/stock/{n}" for n in (32, 64, 128, 256)),
+    *(f"tiny/generate/{n}" for n in (64, 128, 256)),
     *(f"small/posttrain/{n}" for n in (64, 128, 256)),
     *(f"small/stock/{n}" for n in (16, 32, 64, 128)),
+    *(f"small/generate/{n}" for n in (32, 64, 128)),
 )
 """Preset, who samples, rows at a time."""
+PEERS = {
+    "posttrain": "posttrain's engine",
+    "stock": "stock's `generate`",
+    "generate": "`generate` on our class",
+}
 TARGET, TARGET_OUTSIDE = 5.0, 0.15
 
 Prompts = list[tuple[list[int], int]]
@@ -100,7 +108,10 @@ def run_worker(way: str, num_prompts: int) -> Json:
 
 def measure(way: str, prompts: Prompts) -> Json:
     preset, peer, width = way.split("/")
-    return (ours if peer == "posttrain" else stock)(preset, int(width), prompts)
+    if peer == "posttrain":
+        return ours(preset, int(width), prompts)
+    model_class = DeepseekV4ForCausalLM if peer == "stock" else V4ForCausalLM
+    return generated(preset, int(width), prompts, model_class)
 
 
 def make_prompts(count: int) -> Prompts:
@@ -179,9 +190,9 @@ class Lengths(StoppingCriteria):
         return input_ids.shape[1] >= self._end_B
 
 
-def stock(preset: str, num_rows: int, prompts: Prompts) -> Json:
+def generated(preset: str, num_rows: int, prompts: Prompts, model_class: Any) -> Json:
     """All prompts by `generate`, so many at a time."""
-    model, clock = make_model(preset, DeepseekV4ForCausalLM), Clock()
+    model, clock = make_model(preset, model_class), Clock()
     generate(model, [([3, 4, 5], 3)])
     base = memory_mib("VmRSS")
     forget_peak()
@@ -240,7 +251,7 @@ def table_row(row: Json, best: dict[str, float]) -> str:
     seconds = row["processor_s"]
     cells = [
         preset,
-        "posttrain's engine" if peer == "posttrain" else "stock's `generate`",
+        PEERS[peer],
         width,
         row["date"],
         f"{row['load']:g}",

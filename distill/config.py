@@ -1,7 +1,7 @@
 """What a recipe says about on-policy distillation. Imports no torch, so that checks are fast."""
 
 from collections.abc import Mapping
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -169,6 +169,11 @@ class DistillConfig(Config):
     num_rollout_workers: int = Field(default=0, ge=0)
     """Processes that sample, beside the learner's, with copies of its weights; 0: the learner's own
     process. Changes speed and memory, never the result."""
+    rollout_backend: Literal["engine", "vllm"] = "engine"
+    """What rollout workers sample with: `engine`: ours; `vllm`: vLLM, where it is installed; its
+    tokens depend on what is sampled beside them (docs/rollout.md)."""
+    vllm_options: dict[str, Any] = {}
+    """More arguments of `vllm.LLM`, such as tensor_parallel_size."""
     max_staleness: int = Field(default=0, ge=0)
     """Versions by which the weights that sample a step may be older than those that learn it. 0:
     the student samples, then learns. 1: step s + 1 is sampled and scored while step s is learned,
@@ -222,6 +227,20 @@ class DistillConfig(Config):
                 f"kl_to_base is {self.kl_to_base:g}, but the {warmup_steps} steps of "
                 "teacher_samples.warmup_steps minimise the forward KL, which would be taken of the "
                 "base too: set one of them to 0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def vllm_samples_in_workers(self) -> Self:
+        if self.rollout_backend == "vllm" and not self.num_rollout_workers:
+            raise ValueError(
+                "rollout_backend is vllm and num_rollout_workers 0: vLLM keeps weights of its own; "
+                "set num_rollout_workers to 1 or more, or rollout_backend to engine"
+            )
+        if self.vllm_options and self.rollout_backend != "vllm":
+            raise ValueError(
+                f"vllm_options are {self.vllm_options}, and rollout_backend is "
+                f"{self.rollout_backend}: set it to vllm, or remove the options"
             )
         return self
 

@@ -64,10 +64,12 @@ class Separate:
 def make_sampler(config: DistillConfig, job: Job, model: Any, checkpoint: str) -> Sampler:
     """What a config asks for; workers live in the job's places, or beside the learner in its own
     process. `checkpoint` is one of the model's config."""
-    options = {"num_slots": config.num_slots, "seed": job.seed}
+    options: dict[str, Any] = {"num_slots": config.num_slots, "seed": job.seed}
     if not config.num_rollout_workers and not config.max_staleness:
         return Colocated(model, **options)
-    path, options = "posttrain.rollout.worker:RolloutWorker", {"checkpoint": checkpoint, **options}
+    path = "posttrain.rollout.worker:RolloutWorker"
+    vllm = config.vllm_options if config.rollout_backend == "vllm" else None
+    options |= {"checkpoint": checkpoint, "vllm": vllm}
     roles = [job.role(path, options) for _ in range(config.num_rollout_workers)]
     workers = RolloutWorkers(
         roles or [LocalRole(path, options)], timeout_s=config.rollout_timeout_s

@@ -4,7 +4,7 @@ learner --- weights, by version ---> workers --- rollouts, as they finish ---> l
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from itertools import islice
 from pathlib import Path
@@ -17,6 +17,7 @@ from posttrain.job import RoleHandle
 from posttrain.rollout.engine import Engine
 from posttrain.rollout.journal import Journal, JournalError, fingerprint
 from posttrain.rollout.types import Request, Rollout
+from posttrain.rollout.vllm_engine import VllmEngine
 from posttrain.rollout.weights import Weights, load_weights
 
 log = logging.getLogger(__name__)
@@ -52,14 +53,24 @@ class RolloutWorker:
     """One engine, and the weights that it samples with: a plain class, wherever it lives."""
 
     def __init__(
-        self, checkpoint: str, *, num_slots: int, seed: int, device: str | None = None
+        self,
+        checkpoint: str,
+        *,
+        num_slots: int,
+        seed: int,
+        device: str | None = None,
+        vllm: Mapping[str, Any] | None = None,
     ) -> None:
         """`checkpoint` gives the architecture; its weights are those before the first `load`. The
-        device is a GPU where there is one."""
+        device is a GPU where there is one. `vllm`: sample with vLLM, and these options of it; the
+        GPU is then vLLM's."""
+        self._rollouts: Iterator[Rollout] = iter(())
         model: Any = load_model(checkpoint)
+        if vllm is not None:
+            self._engine: Engine = VllmEngine(model, num_slots=num_slots, seed=seed, options=vllm)
+            return
         model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self._engine = Engine(model, num_slots=num_slots, seed=seed)
-        self._rollouts: Iterator[Rollout] = iter(())
 
     def load(self, version: int, weights: Weights) -> None:
         """Sample with these weights from now on, under this version."""
