@@ -45,9 +45,10 @@ class Run:
         return {stage: count for stage, count in counted.items() if count}
 
     @property
-    def progress(self) -> dict[str, list[dict[str, float]]]:
-        """stage -> its scores by domain and macro while it ran, and `tokens_seen` before each."""
-        found: dict[str, list[dict[str, float]]] = {}
+    def progress(self) -> dict[str, list[dict[str, float | None]]]:
+        """stage -> its scores by domain and macro while it ran, and `tokens_seen` before each; None
+        where no answer could be judged."""
+        found: dict[str, list[dict[str, float | None]]] = {}
         for stage, records in self.records.items():
             for record in records:
                 scores = {

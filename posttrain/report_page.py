@@ -216,16 +216,13 @@ def score_curves(run: Run, domains: Sequence[str]) -> tuple[list[Panel], list[tu
     colours = {name: i % 7 + 1 for i, name in enumerate(progress)}
     panels: list[Panel] = []
     for column in (MACRO, *domains) if progress else ():
-        lines = [
-            Series(
-                name,
-                [point["tokens_seen"] for point in points],
-                [point[column] for point in points],
-                colours[name],
-            )
-            for name, points in progress.items()
-        ]
-        panels.append(Panel(column, "", panel(lines, "score", is_share=True)))
+        lines: list[Series] = []
+        for name, points in progress.items():
+            known = [p for p in points if p[column] is not None]
+            seen, scores = ([p[key] or 0.0 for p in known] for key in ("tokens_seen", column))
+            lines += [Series(name, seen, scores, colours[name])] if known else []
+        if lines:
+            panels.append(Panel(column, "", panel(lines, "score", is_share=True)))
     return panels, [(label(name), colour) for name, colour in colours.items()]
 
 

@@ -435,6 +435,20 @@ def test_scores_of_distillation_and_its_ablations_are_drawn_over_tokens(
     assert score_curves(read_run(bare), DOMAINS)[0] == []
 
 
+def test_scores_that_no_judge_could_give_are_left_out_of_their_curves(
+    inputs: dict[str, Path],
+) -> None:
+    run, whole = read_run(inputs), score_curves(read_run(inputs), DOMAINS)[0]
+    scored = [r for records in run.records.values() for r in records if "score/code" in r]
+    for record in scored:
+        record["score/code"] = None
+    next(record for record in run.records["opd"] if record in scored)["score/agent"] = None
+    panels = score_curves(run, DOMAINS)[0]
+    assert [panel.title for panel in panels] == [MACRO, "mathematics", "agent", "instructions"]
+    same = {panel.title: panel.chart for panel in whole}
+    assert [panel.chart == same[panel.title] for panel in panels] == [True, True, False, True]
+
+
 def test_ablations_are_compared_with_distillation(made: tuple[dict[str, Any], str]) -> None:
     facts, page = made
     points = {
