@@ -2,6 +2,7 @@
 
 from posttrain.domains.config import DataConfig, DomainSpec, SourceConfig, ToolConfig
 from posttrain.domains.fingerprint import fingerprint
+from posttrain.domains.mixing import check_parts
 from posttrain.domains.objects import import_object
 from posttrain.domains.overlap import Overlap, overlaps
 from posttrain.domains.rows import (
@@ -25,6 +26,7 @@ __all__ = [
     "SourceConfig",
     "ToolConfig",
     "Toolbox",
+    "check_parts",
     "fingerprint",
     "import_object",
     "is_heldout",

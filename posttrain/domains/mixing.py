@@ -3,7 +3,9 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+from posttrain.domains.config import DataConfig
 from posttrain.domains.rows import Row
+from posttrain.errors import DataError
 
 
 def interleave(weights: Sequence[float]) -> Iterator[int]:
@@ -27,3 +29,13 @@ def mixed(parts: Sequence[Iterator[Row]], weights: Sequence[float]) -> Iterator[
                 del left[place]
                 break
             yield replace(row, source=left[place])
+
+
+def check_parts(data: DataConfig, rows: Sequence[Row]) -> None:
+    """Raise DataError unless each part of a mixture is among the rows that are trained on."""
+    for number, part in enumerate(data.mixture or ()):
+        if all(row.source != number for row in rows):
+            raise DataError(
+                f"part {number} of the mixture, {part.source}, has no row to train on: give it "
+                "more, with responses where there is sft, or leave it out"
+            )

@@ -20,6 +20,7 @@ from posttrain.domains import (
     DataConfig,
     Row,
     SourceConfig,
+    check_parts,
     import_object,
     is_heldout,
     refuse_names_of_tool_arguments,
@@ -94,9 +95,17 @@ def naming(file: RecipeFile, where: FieldPath) -> Generator[None]:
 
 
 def check_cluster(file: RecipeFile) -> None:
-    """A job's GPUs are on this machine, unless the cluster is elsewhere."""
+    """A job's GPUs and vLLM are on this machine, unless the cluster is elsewhere."""
     cluster = file.recipe.cluster
-    if not cluster.gpus_per_job or cluster.address:
+    if cluster.address:
+        return
+    backends = [distill.rollout_backend for distill in file.recipe.distillations().values()]
+    if "vllm" in backends and find_spec("vllm") is None:
+        raise file.source.error(
+            ("distill", "rollout_backend"),
+            "vllm is asked for and not installed here: install it, or use engine",
+        )
+    if not cluster.gpus_per_job:
         return
     import torch
 
@@ -227,6 +236,9 @@ def check_data(file: RecipeFile, name: str, domain: DomainConfig) -> None:
             f"none of the {len(train)} rows to train on has a response or a demonstration: add "
             "some, or set sft to null",
         )
+    if (domain.sft or domain.grpo) and is_whole(domain.data, rows):
+        with naming(file, where):
+            check_parts(domain.data, [row for row in train if row.response or not domain.sft])
     if domain.sft and domain.sft.max_length and has_response:
         check_sft_length(file, name, domain, [row for row in train if row.response])
     if domain.tools:
@@ -247,11 +259,11 @@ def check_roles(file: RecipeFile, name: str, domain: DomainConfig, rows: list[Ro
     """A role that only V4's format has can be said in the base's."""
     if file.recipe.base.hub:
         return
-    said = ("developer", "latest_reminder")
-    row = next((row for row in rows if any(m["role"] in said for m in row.messages)), None)
-    if row is not None:
-        with naming(file, ("domains", name, "data")):
-            prompt_length(full_tokenizer(file), domain, row)
+    for role in ("developer", "latest_reminder"):
+        row = next((row for row in rows if any(m["role"] == role for m in row.messages)), None)
+        if row is not None:
+            with naming(file, ("domains", name, "data")):
+                prompt_length(full_tokenizer(file), domain, row)
 
 
 def check_sft_length(file: RecipeFile, name: str, domain: DomainConfig, rows: list[Row]) -> None:

@@ -1,6 +1,7 @@
 """Laws of a recipe's data, rewards and room: what is wrong beyond types is named before compute."""
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -104,6 +105,19 @@ def test_a_role_that_the_bases_tokenizer_cannot_say_is_refused(tmp_path: Path) -
     message = message_of(path, "domains.letters.data.jsonl=reminded.jsonl")
     assert "domains.letters.data: " in message
     assert "has no token" in message
+    said = {"messages": [{"role": "developer", "content": "say"}], "response": "1"}
+    (tmp_path / "reminded.jsonl").write_text(json.dumps(said) + "\n" + told)
+    assert "has no token" in message_of(path, "domains.letters.data.jsonl=reminded.jsonl")
+
+
+def test_each_part_of_a_mixture_gives_something_to_train_on(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path)
+    rows = [json.dumps({"prompt": f"ask {i}", "answer": i}) + "\n" for i in range(64)]
+    (tmp_path / "bare.jsonl").write_text("".join(rows))
+    parts = "domains.letters.data={mixture: [{jsonl: rows.jsonl}, {jsonl: bare.jsonl}]}"
+    message = message_of(path, parts)
+    assert "domains.letters.data: part 1 of the mixture, jsonl bare.jsonl, has no row" in message
+    checked(path, parts, "domains.letters.sft=null")
 
 
 def test_a_prompt_must_leave_room_for_its_answer(tmp_path: Path) -> None:
@@ -130,6 +144,15 @@ def test_a_job_cannot_take_gpus_that_are_not_there(
     message = message_of(path, "cluster.gpus_per_job=2")
     assert message.startswith("--set: cluster.gpus_per_job: ")
     assert "finds 1 on this machine" in message
+
+
+@pytest.mark.skipif(find_spec("vllm") is not None, reason="vllm is installed")
+def test_vllm_is_missed_before_anything_runs(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path)
+    asked = ("distill.num_rollout_workers=1", "distill.rollout_backend=vllm")
+    message = message_of(path, *asked)
+    assert "distill.rollout_backend: vllm is asked for and not installed here" in message
+    checked(path, *asked, "cluster.address=ray://head:10001")
 
 
 def test_presets_have_the_context_that_prompts_are_checked_against() -> None:
