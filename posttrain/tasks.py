@@ -144,6 +144,8 @@ class Task:
         self._rows = {row.id: row for row in (*self.train, *self.heldout)}
         if self._tools:
             refuse_names_of_tool_arguments(self._rows.values())
+        for row in self._rows.values() if spec.judge else ():  # before anything is sampled
+            self._read_by_judge(row)
         self._grader: Grader | None = None
 
     def _contaminated(self, seed: int) -> list[Overlap]:
@@ -270,16 +272,22 @@ class Task:
         return self._folder / config.folder
 
     def _case(self, rollout: Rollout) -> Case:
-        config, row = self.spec.judge, self._rows[rollout.prompt_id]
-        assert config is not None
-        fields = {**self.spec.row_defaults, **row.fields}
+        row = self._rows[rollout.prompt_id]
+        rubric, reference = self._read_by_judge(row)
         return Case(
             id=f"{rollout.prompt_id}/{rollout.sample}",
             prompt=told(self.messages(row)),
-            rubric=judged_field(row, fields, config.rubric),
+            rubric=rubric,
             answer=told(self.turns(rollout)),
-            reference=config.reference and judged_field(row, fields, config.reference),
+            reference=reference,
         )
+
+    def _read_by_judge(self, row: Row) -> tuple[str, str | None]:
+        """The row's rubric and reference. Raises DataError where it has none."""
+        config, fields = self.spec.judge, {**self.spec.row_defaults, **row.fields}
+        assert config is not None
+        rubric = judged_field(row, fields, config.rubric)
+        return rubric, config.reference and judged_field(row, fields, config.reference)
 
     def _graded(self, rollouts: Sequence[Rollout]) -> list[Score]:
         """The sums of all rewards but the judge."""

@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from distill.config import OpdStage
+from posttrain.adapters import find_base, is_adapter
 from posttrain.config import Config
 from posttrain.domains import DomainSpec
 from posttrain.evaluate_config import EvaluateStage
+from posttrain.pipeline.recipe import Recipe
 from posttrain.pipeline.stages import Stage
 from specialists.config import (
     BestOfStage,
@@ -138,9 +140,22 @@ def num_parameters(stages: list[Stage], folder: Path) -> float:
     if isinstance(config, PretrainStage):
         return PARAMETERS[config.preset]
     if isinstance(config, ExistingStage) and config.path:
-        files = (folder / config.path).glob("*.safetensors")
-        return sum(file.stat().st_size for file in files) / BYTES_PER_PARAMETER
+        return _in_folder(folder / config.path)
     return 0.0
+
+
+def num_judge_parameters(recipe: Recipe, stages: list[Stage], folder: Path) -> float:
+    """Those of the largest judge: a folder's, or the base's, as a specialist has."""
+    judges = [domain.judge for domain in recipe.domains.values() if domain.judge]
+    base = num_parameters(stages, folder) if judges else 0.0
+    sizes = [_in_folder(folder / judge.folder) if judge.folder else base for judge in judges]
+    return max(sizes, default=0.0)
+
+
+def _in_folder(place: Path) -> float:
+    """A checkpoint's parameters by its size; of an adapter its base's."""
+    files = (find_base(place) if is_adapter(place) else place).glob("*.safetensors")
+    return sum(file.stat().st_size for file in files) / BYTES_PER_PARAMETER
 
 
 def estimated_seconds(stages: list[Stage], folder: Path, directory: Path) -> dict[str, float]:

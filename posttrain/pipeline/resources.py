@@ -20,11 +20,17 @@ SPARE_DISK_GB = 0.5
 
 
 def check_resources(
-    directory: Path, *, num_workers: int, num_checkpoints: int, checkpoint_gb: float
+    directory: Path,
+    *,
+    num_workers: int,
+    num_checkpoints: int,
+    checkpoint_gb: float,
+    judge_gb: float = 0.0,
 ) -> None:
     """Raise InsufficientResources, with the numbers, where disk or memory will not do.
 
-    `checkpoint_gb` is one model's size in fp32; `num_checkpoints` are still to be written.
+    `checkpoint_gb` is one model's size in fp32; `num_checkpoints` are still to be written; a judge
+    of `judge_gb` is in each worker.
     """
     # each worker may hold two step checkpoints (weights and optimizer state) beside the results
     disk_gb = SPARE_DISK_GB + checkpoint_gb * (num_checkpoints + 6 * num_workers)
@@ -34,7 +40,7 @@ def check_resources(
             f"{directory} has {free_gb:.1f} GB of disk free, and the run writes up to "
             f"{disk_gb:.1f} GB: free some, or put the run elsewhere with --dir"
         )
-    memory_gb = RAY_GB + num_workers * (WORKER_GB + COPIES_AT_WORK * checkpoint_gb)
+    memory_gb = RAY_GB + num_workers * (WORKER_GB + COPIES_AT_WORK * checkpoint_gb + judge_gb)
     available_gb = available_memory_gb()
     if available_gb is not None and available_gb < memory_gb:
         raise InsufficientResources(

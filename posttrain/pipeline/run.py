@@ -22,7 +22,12 @@ import posttrain
 from posttrain.errors import StageError
 from posttrain.files import write_atomic
 from posttrain.pipeline.cluster import Cluster
-from posttrain.pipeline.costs import BYTES_PER_PARAMETER, estimated_seconds, num_parameters
+from posttrain.pipeline.costs import (
+    BYTES_PER_PARAMETER,
+    estimated_seconds,
+    num_judge_parameters,
+    num_parameters,
+)
 from posttrain.pipeline.display import Display, clock
 from posttrain.pipeline.ledger import Done, Ledger, run_directory
 from posttrain.pipeline.plan import check_workers, wanted_workers
@@ -81,6 +86,8 @@ class Work:
     """Estimated seconds by stage."""
 
     checkpoint_gb: float = 0.0
+    judge_gb: float = 0.0
+    """The largest judge's weights."""
 
 
 def run(recipe: Recipe, folder: Path, directory: Path | None = None) -> RunResult:
@@ -102,6 +109,7 @@ def run(recipe: Recipe, folder: Path, directory: Path | None = None) -> RunResul
         tracking=recipe.tracking,
         seconds=estimated_seconds(stages, folder, directory),
         checkpoint_gb=num_parameters(stages, folder) * BYTES_PER_PARAMETER / GB,
+        judge_gb=num_judge_parameters(recipe, stages, folder) * BYTES_PER_PARAMETER / GB,
     )
     return run_work(work, recipe_yaml(recipe))
 
@@ -139,6 +147,7 @@ def _run_todo(work: Work, ledger: Ledger, console: Console, todo: set[str]) -> l
         num_workers=num_workers,
         num_checkpoints=len(todo),
         checkpoint_gb=work.checkpoint_gb,
+        judge_gb=work.judge_gb,
     )
     tracker = Tracker(work.tracking, group=work.name, directory=work.directory / "wandb")
     display = Display(console, len(work.stages), len(work.stages) - len(todo))

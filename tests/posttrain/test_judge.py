@@ -308,8 +308,9 @@ def test_without_an_actor_there_is_nobody_to_judge(folder: Path) -> None:
 
 
 def test_a_row_without_a_rubric_is_named(folder: Path) -> None:
+    spec, judge = spec_of(rubric="marking"), counting(COUNTED)
     with pytest.raises(DataError, match=r"Mark \w+.*'marking'.*reward_options"):
-        scores_of(spec_of(rubric="marking"), folder, counting(COUNTED), ["x"])
+        Task(spec, build_tokenizer(), folder=folder, seed=0, judge=judge)  # nothing is sampled yet
 
 
 # Evaluation

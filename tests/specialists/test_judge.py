@@ -280,6 +280,19 @@ def test_best_of_n_takes_no_answer_that_nobody_could_judge(
     assert 2 / 8 < accepted["counts"]["reward"] < 6 / 8
 
 
+def test_best_of_n_is_judged_by_the_model_that_answers(
+    words: DomainSpec, new_job: NewJob, tmp_path: Path
+) -> None:
+    saved(always_says("Score: 4"), tmp_path / "sampler" / "checkpoint")
+    saved(always_says("Score: 6"), tmp_path / "start" / "checkpoint")
+    how = BestOfConfig(num_prompts=4, samples_per_prompt=2, min_reward=0.1, num_steps=1)
+    job = new_job("best_of", {"start": tmp_path / "start", "sampler": tmp_path / "sampler"})
+    spec = judged(words.model_copy(update={"max_new_tokens": 16}), checkpoint="actor")
+    best_of.work(BestOfStage(domain=spec, best_of=how), job)
+    accepted = json.loads((job.out / "accepted.json").read_text())
+    assert [answer["reward"] for answer in accepted["answers"]] == [3 / 8] * 4
+
+
 @pytest.mark.parametrize(("says", "score"), [("Score: 4", 3 / 8), ("no", None)])
 def test_validation_answers_are_judged_by_the_base(
     start: Path, words: DomainSpec, new_job: NewJob, tmp_path: Path, says: str, score: float | None

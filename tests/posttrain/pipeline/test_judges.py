@@ -9,8 +9,9 @@ import pytest
 from judge_models import always_says, saved
 from own_recipe import checked, message_of, write_recipe
 
-from posttrain.errors import RewardError
+from posttrain.errors import RecipeError
 from posttrain.pipeline import source
+from posttrain.pipeline.costs import BYTES_PER_PARAMETER, num_judge_parameters
 from posttrain.pipeline.evaluation import evaluate_on
 from posttrain.pipeline.gold import check_gold
 from posttrain.pipeline.plan import plan
@@ -183,8 +184,24 @@ def test_a_checkpoint_is_evaluated_by_the_base_where_the_actor_judges(path: Path
     assert found.domains["letters"].score == pytest.approx(2 / 9)  # 3 of 1 to 10, and no exact one
     preset = "base={preset: tiny, pretrain: {mixture: [{data: {jsonl: rows.jsonl}}]}}"
     file = load_recipe(str(path), ["domains.letters.judge.checkpoint=actor", preset])
-    with pytest.raises(RewardError, match="judge is 'actor', and there is none here"):
-        evaluate_on(file, path.parent / "judge")
+    with pytest.raises(RecipeError, match=r"judge\.checkpoint: 'actor' is no folder"):
+        evaluate_on(file, path.parent / "nothing is loaded")
+    path.write_text(TWO.replace("checkpoint: judge", "checkpoint: specialist/judging"))
+    with pytest.raises(RecipeError, match="'specialist/judging' is no folder"):
+        evaluate_on(load_recipe(str(path)), path.parent / "nothing is loaded")
+
+
+def test_a_judges_weights_are_counted(path: Path) -> None:
+    def weights(*overrides: str) -> float:
+        file = load_recipe(str(path), overrides)
+        stages = build(file.recipe, file.folder)
+        return num_judge_parameters(file.recipe, stages, file.folder) * BYTES_PER_PARAMETER
+
+    (path.parent / "judge" / "more.safetensors").write_bytes(bytes(1000))
+    sizes = {n: (path.parent / n / "model.safetensors").stat().st_size for n in ("base", "judge")}
+    assert weights() == sizes["judge"] + 1000
+    assert weights("domains.letters.judge.checkpoint=actor") == sizes["base"]
+    assert weights("domains.letters.judge=null", "domains.letters.reward=exact") == 0
 
 
 def test_a_recipe_says_its_judge_again_when_it_is_written(path: Path) -> None:

@@ -23,3 +23,12 @@ def test_too_much_memory_is_refused(tmp_path: Path) -> None:
         pytest.skip("this system does not say how much memory it has")
     with pytest.raises(InsufficientResources, match=r"100000 jobs side by side.*num_workers"):
         check_resources(tmp_path, num_workers=100_000, num_checkpoints=0, checkpoint_gb=0.0)
+
+
+def test_a_judge_needs_its_own_memory_in_each_worker(tmp_path: Path) -> None:
+    if available_memory_gb() is None:
+        pytest.skip("this system does not say how much memory it has")
+    with pytest.raises(InsufficientResources, match=r"3 jobs side by side need about 3003\.5 GB"):
+        check_resources(
+            tmp_path, num_workers=3, num_checkpoints=0, checkpoint_gb=0.0, judge_gb=1000.0
+        )
