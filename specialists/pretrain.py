@@ -15,7 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from posttrain.adapters import copy_adapter, find_base, is_adapter
 from posttrain.backbone import V4ForCausalLM, preset_config
 from posttrain.checkpoints import load_model, load_tokenizer, save_checkpoint
-from posttrain.domains import DomainSpec, Row, is_heldout, load_rows, split, stream_rows
+from posttrain.domains import DomainSpec, Need, Row, is_heldout, load_rows, split, stream_rows
 from posttrain.errors import CheckpointError, DataError
 from posttrain.job import Job
 from posttrain.tasks import Task
@@ -142,13 +142,13 @@ def rendered_as(source: MixtureConfig, domains: list[DomainSpec]) -> DomainSpec:
     named = [d for d in domains if source.domain in (d.name, d.name.partition("@")[0])]
     plain = {"name": "pretraining", "data": source.data, "reward": "exact"}
     spec = named[0] if named else DomainSpec.model_validate(plain)
-    one_row = source.data.model_copy(update={"limit": 1})  # the task is there to render
-    return spec.model_copy(update={"data": one_row, "effort": source.effort or spec.effort})
+    unread = source.data.model_copy(update={"streaming": True})  # the task is there to render
+    return spec.model_copy(update={"data": unread, "effort": source.effort or spec.effort})
 
 
 def _tokens(
     source: MixtureConfig, rows: list[Row], tokenizer: Any, config: PretrainStage, job: Job
 ) -> list[TokenRow]:
     spec = rendered_as(source, config.domains)
-    with closing(Task(spec, tokenizer, folder=job.folder, seed=job.seed)) as task:
+    with closing(Task(spec, tokenizer, folder=job.folder, seed=job.seed, need=Need())) as task:
         return token_rows(task, rows, config.pretrain)

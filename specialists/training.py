@@ -155,7 +155,7 @@ def run(
     with known_warnings():
         trainer.train(resume_from_checkpoint=str(newest) if newest else None)
     if best:
-        logger.info("the lowest validation loss was after step %d", best.restore())
+        logger.info("the result is the weights after step %d", best.restore())
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
     if base:
         save_adapter(model, tokenizer, job.out / RESULT, base=base)

@@ -57,6 +57,18 @@ def test_a_base_is_a_function_of_its_seed(words: DomainSpec, new_job: NewJob) ->
     assert jobs[0].metrics.records()[-1]["step"] == 2
 
 
+def test_a_source_may_leave_its_first_row_out(
+    words: DomainSpec, recipe_folder: Path, new_job: NewJob
+) -> None:
+    first = load_rows(words.data, folder=recipe_folder, seed=0)[0].messages[0]["content"]
+    text = f"def others(row):\n    return None if row['prompt'] == {first!r} else row\n"
+    (recipe_folder / "but_the_first.py").write_text(text)
+    data = words.data.model_copy(update={"convert": "but_the_first:others"})
+    job = new_job("base")
+    pretrain.work(stage([words], MixtureConfig(data=data)), job)
+    assert (job.out / "checkpoint").exists()
+
+
 def test_a_source_is_rendered_as_the_domain_it_names(words: DomainSpec) -> None:
     thinking = words.model_copy(update={"name": "words@high", "effort": "high", "system": "Think."})
     web = DataConfig(jsonl="web.jsonl")
