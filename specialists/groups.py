@@ -119,6 +119,8 @@ class GroupSampler:
         if self._curriculum is None:
             return
         for visit, group in groups.items():
+            if all(map(math.isnan, group.rewards)):
+                continue  # nobody could judge: nothing was measured
             task, row = self.visits[visit][0], self._row(visit, 0)
             self._curriculum.record(self.engine.version, task, row, has_spread=group.spread > 0)
 

@@ -238,7 +238,10 @@ def _conversation(
             case "latest_reminder":
                 pieces += [Piece(REMINDER, is_format=True), Piece(str(message["content"]))]
             case "assistant" if not heard:
-                raise DataError(f"message {i} is the assistant's, but nobody spoke since its last")
+                raise DataError(
+                    f"message {i} is the assistant's, but nobody spoke since its last: add a "
+                    "user's (where V4 thinks it hears no developer before the last user's message)"
+                )
             case "assistant":
                 # The reasoning of turns before the last user message is dropped, as V4 does it,
                 # unless there are tools, whose use it explains.

@@ -228,6 +228,13 @@ def test_a_developer_ends_what_was_thought_before_as_a_user_does(reminding: Any)
     )
 
 
+def test_whom_v4_leaves_out_nobody_can_answer(tokenizer: Any) -> None:
+    talk = [developer("a"), assistant("b"), user("c")]
+    encode_prompt(tokenizer, talk)
+    with pytest.raises(DataError, match=r"message 1 .* no developer before the last user"):
+        encode_prompt(tokenizer, talk, effort="high")
+
+
 def random_talk(rng: random.Random, texts: list[str]) -> list[dict[str, Any]]:
     """A conversation of any roles in an order that V4 can say, without system."""
     talk: list[dict[str, Any]] = []

@@ -109,7 +109,9 @@ def test_a_run_whose_judge_says_nothing_learns_nothing(
 ) -> None:
     saved(always_says("no"), judges / "silent")
     job = new_job("grpo", {"start": start})
-    grpo.work(stage([judged(words, checkpoint="silent")], num_steps=2), job)
+    config = stage([judged(words, checkpoint="silent")], num_steps=2, curriculum={})
+    grpo.work(config, job)
+    assert (job.out / "visits.jsonl").read_text() == ""  # nor is a prompt thought to be known
     for record in trained(job):
         assert record["reward"] is None
         assert record["judge_unparsed"] == 6
