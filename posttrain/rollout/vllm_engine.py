@@ -189,7 +189,9 @@ class VllmEngine(Engine):
             return []
         ended: list[Row] = []
         for output in self._llm.llm_engine.step():
-            row = self._live[output.request_id]
+            row = self._live.get(output.request_id)
+            if row is None:  # aborted while a step of it was under way
+                continue
             (said,) = output.outputs
             logps = [
                 found[t].logprob for t, found in zip(said.token_ids, said.logprobs, strict=True)

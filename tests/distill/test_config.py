@@ -54,6 +54,18 @@ def test_a_warmup_ends_before_the_run_and_is_held_back_by_no_base() -> None:
         stage(distill={"teacher_samples": {"share": 1.0}})
 
 
+def test_vllm_samples_in_workers_alone_and_its_options_are_its_own() -> None:
+    with pytest.raises(ValidationError, match="num_rollout_workers 0"):
+        DistillConfig(num_steps=3, rollout_backend="vllm")
+    with pytest.raises(ValidationError, match="rollout_backend is engine"):
+        DistillConfig(num_steps=3, num_rollout_workers=1, vllm_options={"seed": 1})
+    options = {"tensor_parallel_size": 4}
+    found = DistillConfig(
+        num_steps=3, num_rollout_workers=1, rollout_backend="vllm", vllm_options=options
+    )
+    assert found.vllm_options == options
+
+
 def test_every_domain_needs_teachers() -> None:
     with pytest.raises(ValidationError, match=r"teachers names \['a'\].*\['a', 'b'\]"):
         stage(teachers={"a": "specialist/a"})

@@ -19,6 +19,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from posttrain.rollout import Request, Rollout
 from posttrain.rollout.journal import Journal
 from posttrain.rollout.vllm_engine import VllmEngine, checked
+from posttrain.rollout.weights import copy_weights
+from posttrain.rollout.worker import RolloutWorker
 
 HAS_VLLM = importlib.util.find_spec("vllm") is not None
 needs_vllm = pytest.mark.skipif(not HAS_VLLM, reason="vllm is not installed")
@@ -163,6 +165,23 @@ def test_a_run_goes_on_from_its_journal(engine: VllmEngine, tmp_path: Path) -> N
     assert {len(rollout.response) for rollout in found.values()} == {6, 24}
     for rollout in found.values():
         check_logps(engine.model, rollout, 1.0)
+
+
+@needs_vllm
+def test_a_worker_samples_from_the_weights_that_it_is_sent(
+    engine: VllmEngine, tmp_path: Path
+) -> None:
+    """`engine` has set vLLM's environment."""
+    sent = make_model(2)
+    make_model(1).save_pretrained(tmp_path)
+    worker = RolloutWorker(str(tmp_path), num_slots=4, seed=3, vllm={"enforce_eager": True})
+    worker.load(5, copy_weights(sent))
+    worker.start([replace(r, temperature=0.0) for r in make_requests(5)])
+    found = worker.take()
+    assert len(found) == 5
+    for rollout in found:
+        assert rollout.response == logits_of(sent, rollout).argmax(-1).tolist()
+        assert rollout.version == 5
 
 
 @pytest.mark.parametrize("field", [{"top_p": 0.9}, {"top_k": 4}, {"wants_routes": True}])
