@@ -62,6 +62,7 @@ class Engine:
         self.version = 0
         self.journal, self._tokenizer, self._on_token = journal, tokenizer, on_token
         self._num_tool_threads, self._pool = num_tool_threads, None
+        self._is_running = False
         self._batch: Batch | None = None
         self._lock = RLock()
 
@@ -71,28 +72,35 @@ class Engine:
 
         Raises JournalError: the journal is of another run. RuntimeError: a run is going on.
         """
-        if self._batch is not None:
+        if self._is_running:
             raise RuntimeError("this engine's last run is not over: exhaust or close() it first")
         if self.journal is not None:
             weights = fingerprint(self.model)
             self.journal.begin(seed=self.seed, version=self.version, weights=weights)
-        make = V4Slots if isinstance(self.model, V4ForCausalLM) else GenericSlots
-        self._slots = make(self.model, self.num_slots)
-        batch = Batch(self._slots, self.num_slots, map(self._row, requests))
         was_training = self.model.training
         self.model.eval()
         try:
-            self._batch = batch
+            self._is_running = True
             if self._num_tool_threads:
                 self._pool = ThreadPoolExecutor(self._num_tool_threads, "tool")
-            while not batch.is_empty:
-                yield from [row.rollout() for row in self.step()]
+            yield from self._sampled(requests)
         finally:
-            self._batch = None
+            self._is_running = False
             if self._pool is not None:
                 self._pool.shutdown(cancel_futures=True)
                 self._pool = None
             self.model.train(was_training)
+
+    def _sampled(self, requests: Iterable[Request]) -> Iterator[Rollout]:
+        """The rollouts of a run that has begun."""
+        make = V4Slots if isinstance(self.model, V4ForCausalLM) else GenericSlots
+        self._slots = make(self.model, self.num_slots)
+        self._batch = batch = Batch(self._slots, self.num_slots, map(self._row, requests))
+        try:
+            while not batch.is_empty:
+                yield from [row.rollout() for row in self.step()]
+        finally:
+            self._batch = None
 
     def step(self) -> list[Row]:
         """Feed every row in a slot, sample where a token is due; the rows that ended."""
@@ -123,10 +131,15 @@ class Engine:
             if apply is not None:
                 apply()
             self.version = version
-            if self._batch is not None:
-                self._batch.forget_weights(rereads=rereads)
+            if self._is_running:
+                self._change_weights(rereads=rereads)
                 if self.journal is not None:
                     self.journal.updated(version=version, weights=fingerprint(self.model))
+
+    def _change_weights(self, *, rereads: bool) -> None:
+        """The model's weights have changed within a run."""
+        if self._batch is not None:
+            self._batch.forget_weights(rereads=rereads)
 
     def _row(self, request: Request) -> Row:
         row = Row.of(request, seed=self.seed, tokenizer=self._tokenizer)

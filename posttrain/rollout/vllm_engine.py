@@ -1,8 +1,8 @@
 """The same engine with vLLM inside, for clusters of GPUs: optional, and tried on CPU alone.
 
 vLLM decodes and samples; rows, stops, turns, the journal and versions are ours. Weights go to it as
-a checkpoint in a folder that its workers can all read, at the beginning of each run and in
-`update`.
+a checkpoint in a temporary folder of this machine, where its workers are, at the beginning of each
+run and in `update`.
 
 What it does not keep of the engine's laws: its bits depend on the rows beside each other, as its
 kernels' do, so that no token repeats for certain; a killed run goes on from its journal with other
@@ -12,18 +12,14 @@ top-k, so requests for these are refused.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, wait
 from itertools import count
-from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
-
 from posttrain.rollout.batch import Peekable
 from posttrain.rollout.engine import Engine
-from posttrain.rollout.journal import Journal, fingerprint
 from posttrain.rollout.row import Row, Token
 from posttrain.rollout.sampling import stream_key
 from posttrain.rollout.types import Request, Rollout
@@ -36,23 +32,12 @@ class VllmEngine(Engine):
     """
 
     def __init__(
-        self,
-        model: Any,
-        *,
-        num_slots: int,
-        seed: int,
-        journal: Journal | None = None,
-        tokenizer: Any = None,
-        num_tool_threads: int = 0,
-        on_token: Callable[[Request, list[int]], None] | None = None,
-        folder: Path | None = None,
-        options: Mapping[str, Any] | None = None,
+        self, model: Any, *, options: Mapping[str, Any] | None = None, **as_engine: Any
     ) -> None:
         """
         Args:
-            folder: where weights are put for vLLM to read: on a cluster shared storage. None: a
-                temporary folder of this machine.
             options: more arguments of `vllm.LLM`, such as `tensor_parallel_size`.
+            as_engine: arguments of `Engine`.
 
         Raises ImportError: vLLM is not installed.
         """
@@ -63,76 +48,45 @@ class VllmEngine(Engine):
                 "the backend 'vllm' needs the package vllm on the machines that sample: install it "
                 "there, or use the backend 'engine'"
             ) from error
-        super().__init__(
-            model,
-            num_slots=num_slots,
-            seed=seed,
-            journal=journal,
-            tokenizer=tokenizer,
-            num_tool_threads=num_tool_threads,
-            on_token=on_token,
-        )
+        super().__init__(model, **as_engine)
         self._vllm, self._options = vllm, dict(options or {})
-        self._own = None if folder else TemporaryDirectory(prefix="posttrain-vllm-")
-        self._folder = Path(folder or self._own.name if self._own else ".")
+        self._folder = TemporaryDirectory(prefix="posttrain-vllm-")
         self._llm: Any = None
-        self._live: dict[str, Row] | None = None
+        self._live: dict[str, Row] = {}
         """By vLLM's name of a request that goes on."""
         self._asked: list[Row] = []
         self._names = count()
 
-    @torch.no_grad()
-    def run(self, requests: Iterable[Request]) -> Iterator[Rollout]:
-        """As `Engine.run`. Raises ValueError: a request asks for what vLLM does not report."""
-        if self._live is not None:
-            raise RuntimeError("this engine's last run is not over: exhaust or close() it first")
-        if self.journal is not None:
-            weights = fingerprint(self.model)
-            self.journal.begin(seed=self.seed, version=self.version, weights=weights)
+    def _sampled(self, requests: Iterable[Request]) -> Iterator[Rollout]:
+        """Raises ValueError: a request asks for what vLLM does not report."""
         self._load()
         waiting = Peekable(self._row(checked(request)) for request in requests)
-        self._live, self._asked = {}, []
         try:
-            if self._num_tool_threads:
-                self._pool = ThreadPoolExecutor(self._num_tool_threads, "tool")
             while self._live or self._asked or waiting.peek() is not None:
                 with self._lock:
                     ended = self._admit(waiting) + self._stepped() + self._answered()
                 yield from [row.rollout() for row in ended]
         finally:
             self._llm.llm_engine.abort_request(list(self._live))
-            self._live, self._asked = None, []
-            if self._pool is not None:
-                self._pool.shutdown(cancel_futures=True)
-                self._pool = None
+            self._live, self._asked = {}, []
 
-    def update(
-        self, version: int, apply: Callable[[], object] | None = None, *, rereads: bool = False
-    ) -> None:
-        """As `Engine.update`; rows read again what they have, whether `rereads` or not: what vLLM
-        caches of a prompt is shared by rows to come."""
-        with self._lock:
-            if apply is not None:
-                apply()
-            self.version = version
-            if self._live is not None:
-                self._load()
-                if self.journal is not None:
-                    self.journal.updated(version=version, weights=fingerprint(self.model))
+    def _change_weights(self, *, rereads: bool) -> None:
+        """Rows read again what they have, whether `rereads` or not: what vLLM caches of a prompt is
+        shared by rows to come."""
+        self._load()
 
     def close(self) -> None:
         """End vLLM; what it was given is deleted."""
         self._llm = None
-        if self._own is not None:
-            self._own.cleanup()
+        self._folder.cleanup()
 
     def _load(self) -> None:
         """The model's weights of now into vLLM."""
-        self.model.save_pretrained(self._folder)
+        self.model.save_pretrained(self._folder.name)
         if self._llm is None:
             self._llm = self._vllm.LLM(
                 **{
-                    "model": str(self._folder),
+                    "model": self._folder.name,
                     "skip_tokenizer_init": True,
                     "dtype": str(self.model.dtype).removeprefix("torch."),
                     "logprobs_mode": "processed_logprobs",
@@ -142,12 +96,11 @@ class VllmEngine(Engine):
                 }
             )
             return
-        self._llm.collective_rpc("reload_weights", kwargs={"weights_path": str(self._folder)})
+        self._llm.collective_rpc("reload_weights", kwargs={"weights_path": self._folder.name})
         self._llm.llm_engine.reset_prefix_cache(reset_running_requests=True)
 
     def _admit(self, waiting: Peekable) -> list[Row]:
         """Fill the free slots. Gives out rows that had ended before."""
-        assert self._live is not None
         ended: list[Row] = []
         while len(self._live) + len(self._asked) < self.num_slots:
             row = waiting.peek()
@@ -165,7 +118,6 @@ class VllmEngine(Engine):
     def _submit(self, row: Row) -> None:
         """Let vLLM go on with what the row has. The seed is another for each turn: vLLM counts from
         where it is given one."""
-        assert self._live is not None
         request, place = row.request, len(row.response)
         kinds = self._vllm.sampling_params.RequestOutputKind
         params = self._vllm.SamplingParams(
@@ -184,7 +136,6 @@ class VllmEngine(Engine):
 
     def _stepped(self) -> list[Row]:
         """One step of vLLM's; the rows that ended with it."""
-        assert self._live is not None
         if not self._live:
             return []
         ended: list[Row] = []
