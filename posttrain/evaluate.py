@@ -42,7 +42,7 @@ class DomainScores:
     low: float
     high: float
     n: int
-    """Held-out prompts: the independent trials behind the interval."""
+    """Held-out prompts that have a score: the independent trials behind the interval."""
     greedy: float | None
     """Mean score of the greedy answers; None where none were asked for."""
     per_prompt: list[float]
@@ -198,13 +198,14 @@ def score_domain(
     sampled = [pair for pair in graded if pair[0].sample < k]
     greedy = known([score.reward for rollout, score in graded if rollout.sample == k], task)
     marks = [score for _, score in sampled]
-    per_prompt = known([mean_reward(marks[i : i + k]) for i in range(0, len(marks), k)], task)
-    interval = mean_interval(per_prompt, num_resamples=config.num_resamples, seed=config.seed)
+    means = [mean_reward(marks[i : i + k]) for i in range(0, len(marks), k)]
+    per_prompt, judged = known(means, task), [mean for mean in means if not math.isnan(mean)]
+    interval = mean_interval(judged, num_resamples=config.num_resamples, seed=config.seed)
     scores = DomainScores(
-        score=sum(per_prompt) / len(rows),
+        score=fmean(judged),
         low=interval.low,
         high=interval.high,
-        n=len(rows),
+        n=len(judged),
         greedy=sum(greedy) / len(greedy) if greedy else None,
         per_prompt=per_prompt,
         greedy_per_prompt=greedy,
