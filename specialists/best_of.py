@@ -134,23 +134,36 @@ def need_of(config: BestOfConfig) -> Need | None:
 def graded_groups(
     engine: Engine, task: Task, config: BestOfConfig, job: Job
 ) -> Iterator[list[Graded]]:
-    """Each prompt's answers as soon as all of them are there; no others are held."""
+    """Each prompt's answers soon after all of them are there, graded as many at a time as a judge's
+    engine is worth; no others are held."""
     rows = sorted(task.train, key=lambda row: row.id)[: config.num_prompts]
     requests = task.requests(
         rows, num_samples=config.samples_per_prompt, temperature=config.temperature
     )
     waiting: dict[str, list[Rollout]] = {}
+    full: list[Rollout] = []
     every, num_done = max(1, len(rows) // NUM_REPORTS), 0
     for rollout in run_written(engine, requests, job.out / JOURNAL):
         group = waiting.setdefault(rollout.prompt_id, [])
         group.append(rollout)
         if len(group) < config.samples_per_prompt:
             continue
-        scores = task.score(waiting.pop(rollout.prompt_id))
-        yield [Graded(r, score.reward) for r, score in zip(group, scores, strict=True)]
+        full += waiting.pop(rollout.prompt_id)
+        if len(full) >= config.num_slots:
+            yield from graded(task, full, config)
+            full = []
         num_done += 1
         if num_done % every == 0:
             job.metrics.log(0, config.num_steps, prompts_answered=num_done)
+    yield from graded(task, full, config)
+
+
+def graded(task: Task, rollouts: Sequence[Rollout], config: BestOfConfig) -> list[list[Graded]]:
+    """The groups of rollouts that come prompt after prompt."""
+    pairs = zip(rollouts, task.score(rollouts), strict=True)
+    marks = [Graded(rollout, score.reward) for rollout, score in pairs]
+    size = config.samples_per_prompt
+    return [marks[i : i + size] for i in range(0, len(marks), size)]
 
 
 def best(group: Sequence[Graded], config: BestOfConfig) -> list[Graded]:
