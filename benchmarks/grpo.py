@@ -13,8 +13,6 @@ only several seeds tell how far two trainings differ by chance.
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,7 +24,7 @@ from typing import Any
 
 import torch
 import yaml
-from measured import Json, forget_peak, machine, memory_mib, place, write
+from measured import Json, apart, forget_peak, machine, memory_mib, place, write
 from transformers import TrainerCallback, set_seed
 
 from posttrain.checkpoints import load_model, load_tokenizer
@@ -65,14 +63,7 @@ def main() -> None:
     for seed, peer in product(range(arguments.seeds), PEERS):
         sys.stderr.write(f"seed {seed}, {peer} ...\n")
         with tempfile.TemporaryDirectory() as out:
-            done = subprocess.run(
-                [sys.executable, *sys.argv, "--worker", peer, out, str(seed)],
-                stdout=subprocess.PIPE,
-                env={**os.environ, "OMP_NUM_THREADS": "1", "CI": "1"},
-                text=True,
-                check=True,
-            )
-        data["rows"].append(json.loads(done.stdout.splitlines()[-1]))
+            data["rows"].append(apart("--worker", peer, out, str(seed)))
         write(arguments.page, data, page)
 
 

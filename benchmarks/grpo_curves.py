@@ -9,8 +9,6 @@ name.
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import tempfile
 from contextlib import closing
@@ -23,7 +21,7 @@ import torch
 import yaml
 from charts import chart
 from grpo import PEERS, measure, scored, stage_of
-from measured import Json, machine, place, write
+from measured import Json, apart, machine, place, write
 
 from posttrain.checkpoints import load_model, load_tokenizer
 from posttrain.pipeline.recipe import Recipe
@@ -56,14 +54,7 @@ def main() -> None:
     for domain, seed in product(domains, range(arguments.seeds)):
         sys.stderr.write(f"{domain}, seed {seed} ...\n")
         with tempfile.TemporaryDirectory() as out:
-            done = subprocess.run(
-                [sys.executable, *sys.argv, "--worker", domain, str(seed), out],
-                stdout=subprocess.PIPE,
-                env={**os.environ, "OMP_NUM_THREADS": "1", "CI": "1"},
-                text=True,
-                check=True,
-            )
-        data["rows"].append(json.loads(done.stdout.splitlines()[-1]))
+            data["rows"].append(apart("--worker", domain, str(seed), out))
         write(arguments.page, data, page)
         arguments.page.with_suffix(".svg").write_text(picture(data), encoding="utf-8")
 

@@ -3,6 +3,8 @@
 import json
 import os
 import platform
+import subprocess
+import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -39,6 +41,19 @@ def write(path: Path, data: Json, page: Callable[[Json], str]) -> None:
     """The page, and the numbers it is made of as JSON beside it."""
     path.with_suffix(".json").write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
     path.write_text(page(data), encoding="utf-8")
+
+
+def apart(*arguments: str) -> Json:
+    """What this very command says with `arguments` behind it, in a process of its own with one
+    thread: the last line of its output."""
+    done = subprocess.run(
+        [sys.executable, *sys.argv, *arguments],
+        stdout=subprocess.PIPE,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CI": "1"},
+        text=True,
+        check=True,
+    )
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def memory_mib(field: str) -> float:

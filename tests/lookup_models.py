@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from posttrain.tokenizer import BOS, EOS, PAD, SPECIAL_TOKENS, TAG_TOKENS
+from posttrain.tokenizer import build_tokenizer
 
 
 def looking_up(
@@ -53,18 +53,9 @@ def with_words(*words: str) -> PreTrainedTokenizerFast:
     merges: dict[tuple[str, str], None] = {}
     for word in words:
         merges |= {(word[:i], word[i]): None for i in range(1, len(word))}
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokens = [*SPECIAL_TOKENS, *alphabet, *map("".join, merges), *TAG_TOKENS]
-    vocabulary = {token: i for i, token in enumerate(tokens)}
-    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=list(merges)))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([AddedToken(t, normalized=False) for t in SPECIAL_TOKENS])
-    backend.add_tokens([AddedToken(t, normalized=False) for t in TAG_TOKENS])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        bos_token=BOS,
-        eos_token=EOS,
-        pad_token=PAD,
-        clean_up_tokenization_spaces=False,
-    )
+    tokenizer = build_tokenizer()
+    vocabulary: dict[str, int] = tokenizer.get_vocab()
+    for word in map("".join, merges):
+        vocabulary.setdefault(word, len(vocabulary))
+    tokenizer.backend_tokenizer.model = models.BPE(vocab=vocabulary, merges=list(merges))
+    return tokenizer

@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import TrainerCallback
 
 from posttrain.checkpoints import weights_hash
 from posttrain.job import Job
@@ -39,3 +41,14 @@ def check_killed(
     assert trained(killed) == trained(straight)
     assert weights_hash(killed.out / "checkpoint") == weights_hash(straight.out / "checkpoint")
     return straight, killed
+
+
+def gradient_of(model: Any) -> dict[str, torch.Tensor]:
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+class GradientCopy(TrainerCallback):
+    """Keeps the gradient that the optimizer is about to take."""
+
+    def on_pre_optimizer_step(self, *_: Any, model: Any, **__: Any) -> None:
+        self.gradient = gradient_of(model)

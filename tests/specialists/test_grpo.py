@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from stage_runs import check_killed, trained
-from transformers import TrainerCallback
+from stage_runs import GradientCopy, check_killed, gradient_of, trained
 
 from posttrain.checkpoints import load_model
 from posttrain.config import OptimizerConfig
@@ -69,17 +68,6 @@ class Scripted:
                     terms.append(-advantage * logp[t - 1, ids[t]])
         (torch.stack(terms).sum() / len(terms)).backward()
         return gradient_of(model)
-
-
-def gradient_of(model: Any) -> dict[str, torch.Tensor]:
-    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-
-
-class GradientCopy(TrainerCallback):
-    """Keeps the gradient that the optimizer is about to take."""
-
-    def on_pre_optimizer_step(self, *_: Any, model: Any, **__: Any) -> None:
-        self.gradient = gradient_of(model)
 
 
 @pytest.mark.parametrize("rows_per_microbatch", [None, 2])

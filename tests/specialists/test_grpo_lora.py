@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from stage_runs import check_killed
+from stage_runs import GradientCopy, check_killed
 from torch import Tensor
 from transformers import TrainerCallback
 
@@ -118,14 +118,6 @@ def test_sampler_and_learner_agree_and_only_the_adapter_moves(
     assert moved
     adapted = ("q_a_proj", "q_b_proj", "kv_proj", "o_b_proj", "experts")
     assert all(any(part in name for part in adapted) for name in moved)
-
-
-class GradientCopy(TrainerCallback):
-    """Keeps the gradient that the optimizer is about to take."""
-
-    def on_pre_optimizer_step(self, *_: Any, model: Any, **__: Any) -> None:
-        named = model.named_parameters()
-        self.gradient = {n: p.grad.clone() for n, p in named if p.grad is not None}
 
 
 REWARDS = (1.0, 0.0, 0.5, 0.0)

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 from judge_models import always_says, counted_characters, counting, saved, saying_either
-from stage_runs import check_killed, trained
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from stage_runs import GradientCopy, check_killed, gradient_of, trained
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from posttrain.checkpoints import load_model
 from posttrain.config import OptimizerConfig
@@ -146,15 +146,6 @@ class Unjudged:
                 total, count = total - advantage * logp[t - 1, ids[t]], count + 1
         (total / count).backward()
         return gradient_of(model)
-
-
-def gradient_of(model: Any) -> dict[str, torch.Tensor]:
-    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-
-
-class GradientCopy(TrainerCallback):
-    def on_pre_optimizer_step(self, *_: Any, model: Any, **__: Any) -> None:
-        self.gradient = gradient_of(model)
 
 
 def test_an_answer_without_a_verdict_is_in_no_mean_and_has_no_gradient(

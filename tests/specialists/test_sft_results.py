@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from stage_runs import check_killed
+from stage_runs import GradientCopy, check_killed
 from torch import Tensor
-from transformers import TrainerCallback, TrainerState
+from transformers import TrainerState
 
 from posttrain.adapters import find_base, is_adapter
 from posttrain.checkpoints import load_model, load_tokenizer
@@ -37,17 +37,6 @@ OPTIMIZER = OptimizerConfig(learning_rate=1e-3)
 def stage(domain: DomainSpec, **settings: Any) -> SftStage:
     defaults = {"num_steps": 6, "rows_per_step": 4, "optimizer": OPTIMIZER}
     return SftStage(domains=[domain], sft=SftConfig.model_validate({**defaults, **settings}))
-
-
-class GradientCopy(TrainerCallback):
-    """Keeps the gradient that the optimizer is about to take."""
-
-    def __init__(self) -> None:
-        self.gradient: dict[str, Tensor] = {}
-
-    def on_pre_optimizer_step(self, *_: Any, model: Any, **__: Any) -> None:
-        named = model.named_parameters()
-        self.gradient = {n: p.grad.clone() for n, p in named if p.grad is not None}
 
 
 def mean_loss(model: Any, rows: list[TokenRow]) -> Tensor:
