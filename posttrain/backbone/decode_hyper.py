@@ -46,7 +46,7 @@ def part_C(num: int, device: torch.device) -> Tensor:
 def gate_lines(
     num: int, eps: float, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """What a sigmoid is multiplied by to be (pre, post), and what is then added, (2 N,) each."""
+    """What is added to a sigmoid times what, so that it is (pre, post): (2 N,) each."""
     zeros = torch.zeros(num, dtype=dtype, device=device)
     return torch.cat([zeros + eps, zeros]), torch.cat([zeros + 1, zeros + 2])
 
