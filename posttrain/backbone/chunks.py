@@ -21,10 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from posttrain.backbone import decode_hyper
 from posttrain.backbone.cache import V4Cache
 from posttrain.backbone.decode import DecodeContext, context_of
 from posttrain.backbone.decode_keys import ROWS, Part
+from posttrain.backbone.decode_step import step_hidden
 from posttrain.backbone.routing import RouteTape
 
 
@@ -72,11 +72,7 @@ def step(
     cache.reserve(reach)
     with torch.inference_mode():
         id_T, context = _context(model, cache, token_B, is_live_B, chunk, reach, tape)
-        embeds_TH = model.embed_tokens(id_T)
-        x_TNH = embeds_TH.unsqueeze(1).expand(-1, model.config.hc_mult, -1)
-        for layer in model.layers:
-            x_TNH = layer(x_TNH, token_id_T=id_T, context=context)
-        hidden_TH = model.norm(decode_hyper.collapse(model.hc_head, x_TNH))
+        hidden_TH = step_hidden(model, id_T, context)
     if is_live_B is not None and token_B is not None:
         cache.advance(F.pad(is_live_B, (0, cache.num_slots - len(is_live_B))))
     if chunk is not None:

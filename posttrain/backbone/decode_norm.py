@@ -40,7 +40,7 @@ def inverse_rms(x: Tensor, eps: float) -> Tensor:
 def normed(module: Any, x: Tensor) -> Tensor:
     """module(x), of a norm; in x's dtype."""
     kind = type(module)
-    if not ((kind is V4RMSNorm or kind is V4UnweightedRMSNorm) and _is_bare(module)):
+    if not ((kind is V4RMSNorm or kind is V4UnweightedRMSNorm) and is_bare(module)):
         return module(x)
     wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
     if kind is V4UnweightedRMSNorm:
@@ -53,13 +53,13 @@ def normed(module: Any, x: Tensor) -> Tensor:
 
 def projected(module: Any, x: Tensor) -> Tensor:
     """module(x), of a linear map: around the call where nothing hangs on it."""
-    if type(module) is not nn.Linear or not _is_bare(module):
+    if type(module) is not nn.Linear or not is_bare(module):
         return module(x)
     own = _parameters(module)
     return F.linear(x, own["weight"], own["bias"])
 
 
-def _is_bare(module: nn.Module) -> bool:
+def is_bare(module: nn.Module) -> bool:
     """Whether a call of `module` is its class's forward alone: no hooks, no other forward."""
     own = module.__dict__
     return not (own["_forward_pre_hooks"] or own["_forward_hooks"] or "forward" in own)

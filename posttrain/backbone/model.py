@@ -20,13 +20,13 @@ from transformers.models.deepseek_v4 import DeepseekV4Config
 from transformers.models.deepseek_v4 import modeling_deepseek_v4 as stock
 from transformers.utils.generic import can_return_tuple
 
-from posttrain.backbone import decode_hyper, generation
+from posttrain.backbone import generation
 from posttrain.backbone.attention import Context
 from posttrain.backbone.auxiliary import join_trainers, step_share
 from posttrain.backbone.balance import LoadMeter
 from posttrain.backbone.cache import V4Cache
 from posttrain.backbone.decode import DecodeContext, context_of
-from posttrain.backbone.decode_norm import normed
+from posttrain.backbone.decode_step import step_hidden
 from posttrain.backbone.fake_quant import round_inputs
 from posttrain.backbone.hyper_connections import V4HyperHead
 from posttrain.backbone.layer import V4DecoderLayer
@@ -272,8 +272,7 @@ class V4Model(V4PreTrainedModel, stock.DeepseekV4Model):
         cache.reserve(cache.longest() + 1)  # what is kept must be made outside of inference mode
         with torch.inference_mode():  # a ninth faster than no_grad at one token a row
             context = context_of(self, cache, tape=tape and tape.of_rows(is_live_B))
-            x_BNH = self._streams(self.embed_tokens(token_B), token_B, context)
-            hidden_BH = normed(self.norm, decode_hyper.collapse(self.hc_head, x_BNH))
+            hidden_BH = step_hidden(self, token_B, context)
         cache.advance(is_live_B)
         return hidden_BH.clone()
 

@@ -57,21 +57,33 @@ def route(
         ValueError: `replay_Tk` of another shape.
     """
     score_TE = scores(gate, x_TH)
-    if is_hash:
-        expert_Tk = gate.tid2eid[token_id_T].long()
-    else:
-        expert_Tk = top_k(_selection(gate, score_TE), gate.top_k)
-    if replay_Tk is not None:
-        if replay_Tk.shape != expert_Tk.shape:
-            raise ValueError(
-                f"replay_Tk is {tuple(replay_Tk.shape)}, this layer has (tokens, experts a token) "
-                f"= {tuple(expert_Tk.shape)}: replay the routes of the same real tokens, in order"
-            )
-        replay_Tk = replay_Tk.to(expert_Tk)
-        expert_Tk = torch.where(replay_Tk >= 0, replay_Tk, expert_Tk)
+    expert_Tk = told(gate, token_id_T, len(x_TH), is_hash=is_hash, replay_Tk=replay_Tk)
+    if not is_hash:
+        own_Tk = top_k(_selection(gate, score_TE), gate.top_k)
+        expert_Tk = own_Tk if expert_Tk is None else torch.where(expert_Tk >= 0, expert_Tk, own_Tk)
+    assert expert_Tk is not None
     chosen_Tk = score_TE.gather(1, expert_Tk)
     share_Tk = chosen_Tk / (chosen_Tk.sum(dim=-1, keepdim=True) + 1e-20)
     return Routes(expert_Tk, share_Tk * gate.routed_scaling_factor, score_TE)
+
+
+def told(
+    gate: Any, token_id_T: Tensor, num_tokens: int, *, is_hash: bool, replay_Tk: Tensor | None
+) -> Tensor | None:
+    """Experts (T, k) int64 that tokens go to whatever their scores, -1 where the gate is to choose;
+    None: it chooses all. `route` says what is what, and raises."""
+    shape = num_tokens, gate.top_k
+    if replay_Tk is not None:
+        if replay_Tk.shape != shape:
+            raise ValueError(
+                f"replay_Tk is {tuple(replay_Tk.shape)}, this layer has (tokens, experts a token) "
+                f"= {shape}: replay the routes of the same real tokens, in order"
+            )
+        replay_Tk = replay_Tk.to(token_id_T)
+    if not is_hash:
+        return replay_Tk
+    table_Tk = gate.tid2eid[token_id_T].long()
+    return table_Tk if replay_Tk is None else torch.where(replay_Tk >= 0, replay_Tk, table_Tk)
 
 
 def scores(gate: Any, x_TH: Tensor) -> Tensor:

@@ -1,0 +1,67 @@
+"""One decode step on a CPU in compiled loops: what stands between two matrix products is one pass
+over each token's numbers, where torch has dozens of calls that take longer than their sums.
+
+numba compiles a loop when it is first called, for this machine, and keeps it on disk. Each file
+says which torch function its loops are held against (tests/backbone/host). A token's numbers are
+computed without a look at any other's, so its bits do not depend on the tokens beside it.
+
+Nothing has a gradient; all is float32. Where `use_host_loops` says no, decode.py's torch does it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from importlib.util import find_spec
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+ROWS = 16
+"""Tokens that a step has at least: a single one is sooner read from a long cache by torch."""
+
+REORDERED = {"reassoc", "contract", "nsz", "arcp"}
+"""A sum of one token's numbers may go in vectors; NaN and infinities stay what they are."""
+
+
+def use_host_loops(x: Tensor, num_tokens: int) -> bool:
+    """True if a step over `num_tokens` whose weights are like `x` is for these loops: float32 on a
+    CPU, with numba installed, at least a block of tokens; not while a compiler traces, which fuses
+    the torch path."""
+    if num_tokens < ROWS or torch.compiler.is_compiling():
+        return False
+    if x.dtype != torch.float32 or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+        return False
+    return has_numba()
+
+
+@cache
+def has_numba() -> bool:
+    return find_spec("numba") is not None
+
+
+def loop(function: F) -> F:
+    """`function`, compiled at its first call; without numba as it is."""
+    if not has_numba():
+        return function
+    import numba  # pyright: ignore[reportMissingTypeStubs]
+
+    compiled: Any = numba.njit(
+        cache=True, nogil=True, fastmath=REORDERED, error_model="numpy"
+    )
+    return cast("F", compiled(function))
+
+
+def within(function: F) -> F:
+    """`function`, to be put into the loops that call it, whose vectors it then goes in."""
+    if not has_numba():
+        return function
+    import numba  # pyright: ignore[reportMissingTypeStubs]
+
+    compiled: Any = numba.njit(inline="always")
+    return cast("F", compiled(function))
+
+

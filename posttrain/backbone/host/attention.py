@@ -1,0 +1,268 @@
+"""The attention of one decode step (decode.py, decode_keys.py, against which it is tested): each
+token attends to its slot's window ring, the entries that it sees, and the sink.
+
+Legend: T tokens, B slots, R ring, E entries, K keys, h heads, d head size, r rotated pairs, C
+channels of an entry, c indexer head size.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from posttrain.backbone.host import loop
+from posttrain.backbone.host.arrays import Attention, Compressor, Store, Tokens
+from posttrain.backbone.host.numbers import (
+    F32,
+    I64,
+    add_weighted,
+    exp,
+    inverse_rms,
+    norm,
+    product,
+    rotate,
+)
+
+
+@loop
+def attend(
+    x_TH: F32,
+    tokens: Tokens,
+    turn_TrZ: F32,
+    own: Attention,
+    ring_BRd: F32,
+    compressor: Compressor,
+    entries: Store,
+    index: Compressor,
+    keys: Store,
+    inv_freq_r: F32,
+    freq_scaling: float,
+    out_TH: F32,
+) -> None:
+    """Write the tokens' keys, then attend to what their slots hold."""
+    num, heads = len(x_TH), len(own.sink_h)
+    latent_TR = np.empty((num, len(own.q_a_RH)), np.float32)
+    product(x_TH, own.q_a_RH, latent_TR, 0, 0)
+    for t in range(num):
+        norm(latent_TR[t], own.q_a_norm_R, own.eps)
+    q_TX = np.empty((num, len(own.q_b_XR)), np.float32)
+    product(latent_TR, own.q_b_XR, q_TX, 0, 0)
+    _put_keys(x_TH, tokens, turn_TrZ, own, ring_BRd)
+    index_TK = np.empty((0, 0), np.int64)
+    if compressor.rate:
+        _compress(x_TH, tokens, compressor, entries, inv_freq_r, freq_scaling)
+    if index.rate:
+        _compress(x_TH, tokens, index, keys, inv_freq_r, freq_scaling)
+        index_TK = _chosen(x_TH, latent_TR, tokens, turn_TrZ, own, index.rate, keys.entry_BEC)
+    mixed_TX, entry_BEd = np.empty_like(q_TX), entries.entry_BEC
+    _mix(
+        q_TX, tokens, turn_TrZ, own, ring_BRd, entry_BEd, compressor.rate, index_TK, mixed_TX
+    )
+    size, rows = own.o_a_YX.shape[1], len(own.o_a_YX) // own.num_groups
+    grouped_TY = np.empty((num, len(own.o_a_YX)), np.float32)
+    for g in range(own.num_groups):
+        weight_NK = own.o_a_YX[g * rows : (g + 1) * rows]
+        product(mixed_TX, weight_NK, grouped_TY, g * size, g * rows)
+    product(grouped_TY, own.o_b_HY, out_TH, 0, 0)
+
+
+@loop
+def _put_keys(
+    x_TH: F32, tokens: Tokens, turn_TrZ: F32, own: Attention, ring_BRd: F32
+) -> None:
+    """The normed, rotated keys = values of the real tokens, into their places of the ring."""
+    kv_Td = np.empty((len(x_TH), len(own.kv_dH)), np.float32)
+    product(x_TH, own.kv_dH, kv_Td, 0, 0)
+    for t in range(len(kv_Td)):
+        if tokens.is_real_T[t]:
+            norm(kv_Td[t], own.kv_norm_d, own.eps)
+            rotate(kv_Td[t], turn_TrZ[t], np.float32(1.0))
+            ring_BRd[tokens.slot_T[t], tokens.position_T[t] % ring_BRd.shape[1]] = kv_Td[t]
+
+
+@loop
+def _compress(
+    x_TH: F32,
+    tokens: Tokens,
+    own: Compressor,
+    store: Store,
+    inv_freq_r: F32,
+    freq_scaling: float,
+) -> None:
+    """Remember the real tokens' projections; windows that are complete get their entry."""
+    kv_TS = np.empty((len(x_TH), len(own.kv_SH)), np.float32)
+    gate_TS = np.empty_like(kv_TS)
+    product(x_TH, own.kv_SH, kv_TS, 0, 0)
+    product(x_TH, own.gate_SH, gate_TS, 0, 0)
+    ring = store.kv_BRS.shape[1]
+    for t in range(len(x_TH)):
+        if tokens.is_real_T[t]:
+            slot, place = tokens.slot_T[t], tokens.position_T[t] % ring
+            store.kv_BRS[slot, place] = kv_TS[t]
+            store.gate_BRS[slot, place] = gate_TS[t]
+    turn_rZ = np.empty((len(inv_freq_r), 2), np.float32)
+    for t in range(len(x_TH)):
+        end = tokens.position_T[t] + 1
+        if tokens.is_real_T[t] and end % own.rate == 0:
+            entry_C = store.entry_BEC[tokens.slot_T[t], end // own.rate - 1]
+            _pool(own, store, tokens.slot_T[t], end, entry_C)
+            norm(entry_C, own.norm_C, own.eps)
+            for r in range(len(inv_freq_r)):
+                angle = np.float32(end - own.rate) * inv_freq_r[r]
+                turn_rZ[r, 0] = np.cos(angle) * np.float32(freq_scaling)
+                turn_rZ[r, 1] = np.sin(angle) * np.float32(freq_scaling)
+            rotate(entry_C, turn_rZ, np.float32(1.0))
+
+
+@loop
+def _pool(own: Compressor, store: Store, slot: int, end: int, out_C: F32) -> None:
+    """The values of the tokens before `end` under the softmax of their gates, channel by channel:
+    where windows overlap, of the window before the last the first series, of the last the
+    second."""
+    size, ring = out_C.size, store.kv_BRS.shape[1]
+    most_C, total_C = np.empty(size, np.float32), np.empty(size, np.float32)
+    most_C[:], total_C[:], out_C[:] = np.float32(-np.inf), np.float32(0.0), np.float32(0.0)
+    for sums in (False, True):
+        for token in range(max(end - own.num_read, 0), end):
+            first = 0 if token < end - own.rate else store.kv_BRS.shape[2] - size
+            gate_C = store.gate_BRS[slot, token % ring, first : first + size]
+            bias_C = own.bias_mS[token % own.rate, first : first + size]
+            if not sums:
+                for c in range(size):
+                    most_C[c] = max(most_C[c], gate_C[c] + bias_C[c])
+                continue
+            kv_C = store.kv_BRS[slot, token % ring, first : first + size]
+            for c in range(size):
+                share = exp(gate_C[c] + bias_C[c] - most_C[c])
+                total_C[c] += share
+                out_C[c] += share * kv_C[c]
+    for c in range(size):
+        out_C[c] /= total_C[c]
+
+
+@loop
+def _chosen(
+    x_TH: F32,
+    latent_TR: F32,
+    tokens: Tokens,
+    turn_TrZ: F32,
+    own: Attention,
+    rate: int,
+    key_BEc: F32,
+) -> I64:
+    """The `index_top_k` entries with the highest scores that each token sees, ascending, -1 behind
+    the last; of equal ones the lowest. Empty where no token sees more."""
+    top_k, room, reach = own.index_top_k, key_BEc.shape[1], np.int64(0)
+    for t in range(len(x_TH)):
+        reach = max(reach, min((tokens.position_T[t] + 1) // rate, room))
+    if reach <= top_k:
+        return np.empty((0, 0), np.int64)
+    index_TK = np.full((len(x_TH), top_k), -1, np.int64)
+    heads, size = len(own.index_weight_hH), key_BEc.shape[2]
+    q_TX = np.empty((len(x_TH), len(own.index_q_XR)), np.float32)
+    product(latent_TR, own.index_q_XR, q_TX, 0, 0)
+    weight_Th = np.empty((len(x_TH), heads), np.float32)
+    product(x_TH, own.index_weight_hH, weight_Th, 0, 0)
+    dot_Eh, score_E = np.empty((reach, heads), np.float32), np.empty(reach, np.float32)
+    for t in range(len(x_TH)):
+        seen = min((tokens.position_T[t] + 1) // rate, room)
+        if seen <= top_k:
+            for k in range(seen):
+                index_TK[t, k] = k
+            continue
+        q_hc = q_TX[t].reshape(heads, size)
+        for h in range(heads):
+            rotate(q_hc[h], turn_TrZ[t], np.float32(1.0))
+        product(key_BEc[tokens.slot_T[t], :seen], q_hc, dot_Eh, 0, 0)
+        for e in range(seen):
+            score = np.float32(0.0)
+            for h in range(heads):
+                score += weight_Th[t, h] * max(dot_Eh[e, h], np.float32(0.0))
+            score_E[e] = score * np.float32(own.index_scale)
+        _best(score_E[:seen], index_TK[t])
+    return index_TK
+
+
+@loop
+def _best(score_E: F32, out_K: I64) -> None:
+    """The places of the highest scores, ascending; of equal ones the lowest."""
+    least = np.partition(score_E, score_E.size - out_K.size)[score_E.size - out_K.size]
+    room = out_K.size
+    for e in range(score_E.size):
+        room -= score_E[e] > least
+    k = 0
+    for e in range(score_E.size):
+        is_taken = score_E[e] > least
+        if score_E[e] == least and room > 0:
+            is_taken, room = True, room - 1
+        if is_taken and k < out_K.size:
+            out_K[k] = e
+            k += 1
+
+
+@loop
+def _mix(
+    q_TX: F32,
+    tokens: Tokens,
+    turn_TrZ: F32,
+    own: Attention,
+    ring_BRd: F32,
+    entry_BEd: F32,
+    rate: int,
+    index_TK: I64,
+    out_TX: F32,
+) -> None:
+    """Each token's softmax over the sink and its keys, which are the values."""
+    heads, ring, size, reach = len(own.sink_h), ring_BRd.shape[1], ring_BRd.shape[2], np.int64(0)
+    if rate:
+        for t in range(len(q_TX)):
+            reach = max(reach, (tokens.position_T[t] + 1) // rate)
+    num_chosen = index_TK.shape[1]
+    weight_hK = np.empty((heads, own.window + max(num_chosen, reach)), np.float32)
+    chosen_Kd = np.empty((num_chosen, size), np.float32)
+    for t in range(len(q_TX)):
+        q_hd, out_hd = q_TX[t].reshape(heads, size), out_TX[t].reshape(heads, size)
+        for h in range(heads):
+            scale = inverse_rms(q_hd[h], own.eps) * np.float32(own.scaling)
+            for c in range(size):
+                q_hd[h, c] *= scale
+            rotate(q_hd[h], turn_TrZ[t], np.float32(1.0))
+        slot, end = tokens.slot_T[t], tokens.position_T[t] + 1
+        num_window = min(end, own.window)
+        first = (end - num_window) % ring
+        older_Kd = ring_BRd[slot, first : min(first + num_window, ring)]
+        newer_Kd = ring_BRd[slot, : num_window - len(older_Kd)]
+        seen_Kd = chosen_Kd[:0]
+        if num_chosen:
+            num_seen = 0
+            while num_seen < num_chosen and index_TK[t, num_seen] >= 0:
+                chosen_Kd[num_seen] = entry_BEd[slot, index_TK[t, num_seen]]
+                num_seen += 1
+            seen_Kd = chosen_Kd[:num_seen]
+        elif rate:
+            seen_Kd = entry_BEd[slot, : min(end // rate, entry_BEd.shape[1])]
+        num_keys = num_window + len(seen_Kd)
+        product(q_hd, older_Kd, weight_hK, 0, 0)
+        product(q_hd, newer_Kd, weight_hK, 0, len(older_Kd))
+        product(q_hd, seen_Kd, weight_hK, 0, num_window)
+        for h in range(heads):
+            _softmax(weight_hK[h, :num_keys], own.sink_h[h])
+        out_hd[:] = np.float32(0.0)
+        add_weighted(weight_hK, older_Kd, out_hd, 0)
+        add_weighted(weight_hK, newer_Kd, out_hd, len(older_Kd))
+        add_weighted(weight_hK, seen_Kd, out_hd, num_window)
+        for h in range(heads):
+            rotate(out_hd[h], turn_TrZ[t], np.float32(-1.0))
+
+
+@loop
+def _softmax(x_K: F32, sink: np.float32) -> None:
+    """In place; `sink` takes its share and has no value."""
+    most, total = sink, np.float32(0.0)
+    for k in range(x_K.size):
+        most = max(most, x_K[k])
+    for k in range(x_K.size):
+        x_K[k] = exp(x_K[k] - most)
+        total += x_K[k]
+    total += exp(sink - most)
+    for k in range(x_K.size):
+        x_K[k] /= total

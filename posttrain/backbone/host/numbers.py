@@ -1,0 +1,115 @@
+"""What the loops of a step are put together from: functions of a number, a row, two matrices.
+
+A row's result depends, to the bit, on nothing but the row: every row goes through the same
+instructions, those that fill up a block of four too.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from posttrain.backbone.host import loop, within
+
+F32 = NDArray[np.float32]
+I64 = NDArray[np.int64]
+Bool = NDArray[np.bool_]
+
+
+@within
+def exp(x: np.float32) -> np.float32:
+    """e^x to 2 units in the last place; x between -87 and 88, further out as there. In vectors,
+    which the C library's does not go in: Cephes' polynomial of x - n ln 2, and 2^n by its bits."""
+    x = min(max(x, np.float32(-87.0)), np.float32(88.0))
+    n = np.floor(x * np.float32(1.44269504) + np.float32(0.5))
+    r = x - n * np.float32(0.693359375) - n * np.float32(-2.12194440e-4)
+    p = np.float32(1.9875691500e-4)
+    p = p * r + np.float32(1.3981999507e-3)
+    p = p * r + np.float32(8.3334519073e-3)
+    p = p * r + np.float32(4.1665795894e-2)
+    p = p * r + np.float32(1.6666665459e-1)
+    p = p * r + np.float32(5.0000001201e-1)
+    p = p * r * r + r + np.float32(1.0)
+    return p * np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
+
+
+@within
+def sigmoid(x: np.float32) -> np.float32:
+    return np.float32(1.0) / (np.float32(1.0) + exp(-x))
+
+
+@within
+def inverse_rms(x_C: F32, eps: float) -> np.float32:
+    """1 / rms(x)."""
+    square = np.float32(0.0)
+    for c in range(x_C.size):
+        square += x_C[c] * x_C[c]
+    return np.float32(1.0) / np.sqrt(square / np.float32(x_C.size) + np.float32(eps))
+
+
+@loop
+def norm(x_C: F32, weight_C: F32, eps: float) -> None:
+    """x / rms(x) * weight, in place."""
+    scale = inverse_rms(x_C, eps)
+    for c in range(x_C.size):
+        x_C[c] = x_C[c] * scale * weight_C[c]
+
+
+@loop
+def rotate(x_d: F32, turn_rZ: F32, sign: np.float32) -> None:
+    """Turn the last channels of x in place, by cos and sin of each pair; sign -1 turns back."""
+    first = x_d.size - 2 * len(turn_rZ)
+    for r in range(len(turn_rZ)):
+        cos, sin = turn_rZ[r, 0], turn_rZ[r, 1] * sign
+        a, b = x_d[first + 2 * r], x_d[first + 2 * r + 1]
+        x_d[first + 2 * r] = a * cos - b * sin
+        x_d[first + 2 * r + 1] = a * sin + b * cos
+
+
+@loop
+def product(x_TX: F32, weight_NK: F32, out_TY: F32, first: int, to: int) -> None:
+    """x @ weight^T, of the K columns of x from `first` on, into the N of out from `to` on. In
+    blocks of four rows and two columns, whose sums stay in registers; a row past the last is the
+    last."""
+    num, size = weight_NK.shape
+    last = len(x_TX) - 1
+    for t in range(0, len(x_TX), 4):
+        t1, t2, t3 = min(t + 1, last), min(t + 2, last), min(t + 3, last)
+        x0, x1 = x_TX[t, first : first + size], x_TX[t1, first : first + size]
+        x2, x3 = x_TX[t2, first : first + size], x_TX[t3, first : first + size]
+        for n in range(0, num, 2):
+            m = min(n + 1, num - 1)
+            u_K, v_K = weight_NK[n], weight_NK[m]
+            a = b = c = d = e = f = g = h = np.float32(0.0)
+            for i in range(size):
+                u, v = u_K[i], v_K[i]
+                a += x0[i] * u
+                b += x1[i] * u
+                c += x2[i] * u
+                d += x3[i] * u
+                e += x0[i] * v
+                f += x1[i] * v
+                g += x2[i] * v
+                h += x3[i] * v
+            out_TY[t, to + n], out_TY[t, to + m] = a, e
+            out_TY[t1, to + n], out_TY[t1, to + m] = b, f
+            out_TY[t2, to + n], out_TY[t2, to + m] = c, g
+            out_TY[t3, to + n], out_TY[t3, to + m] = d, h
+
+
+@loop
+def add_weighted(weight_hX: F32, x_Kd: F32, out_hd: F32, first: int) -> None:
+    """out[h] += sum_k weight[h, first + k] x[k], four of k at a time, so that out is written once
+    for them."""
+    num, size = x_Kd.shape
+    for h in range(len(out_hd)):
+        out_d, weight_K = out_hd[h], weight_hX[h, first : first + num]
+        for k in range(0, num - 3, 4):
+            a, b, c, d = weight_K[k], weight_K[k + 1], weight_K[k + 2], weight_K[k + 3]
+            for i in range(size):
+                two = a * x_Kd[k, i] + b * x_Kd[k + 1, i]
+                out_d[i] += two + (c * x_Kd[k + 2, i] + d * x_Kd[k + 3, i])
+        for k in range(num - num % 4, num):
+            a = weight_K[k]
+            for i in range(size):
+                out_d[i] += a * x_Kd[k, i]

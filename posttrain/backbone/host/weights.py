@@ -1,0 +1,141 @@
+"""A model's weights as arrays, made once and made again where they are no longer the model's."""
+
+from __future__ import annotations
+
+from itertools import chain
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+from posttrain.backbone.attention import GroupedLinear
+from posttrain.backbone.decode_norm import is_bare
+from posttrain.backbone.experts import V4Experts, V4SharedExpert
+from posttrain.backbone.host import arrays
+from posttrain.backbone.host.arrays import (
+    NO_COMPRESSOR,
+    Attention,
+    Compressor,
+    Connection,
+    Experts,
+)
+from posttrain.backbone.norm import V4RMSNorm, V4UnweightedRMSNorm
+
+
+class LayerWeights(NamedTuple):
+    """One layer's."""
+
+    attn_hc: Connection
+    attention: Attention
+    compressor: Compressor
+    index: Compressor
+    ffn_hc: Connection
+    experts: Experts
+
+
+class Weights:
+    """All layers', in the memory of the model's parameters: what an optimizer writes there is read
+    by the next step."""
+
+    def __init__(self, model: Any) -> None:
+        """Of a V4Model that `is_plain`."""
+        self.layers = [_layer(layer) for layer in model.layers]
+        self.head = arrays.head(model.hc_head, model.norm)
+        self.inv_freq_r = arrays.array(model.rotary_emb.compress_inv_freq)
+        modules = [*model.layers.modules(), *model.hc_head.modules(), model.norm]
+        self._children = [
+            (module._modules, name, child)
+            for module in modules
+            for name, child in module._modules.items()
+        ]
+        self._hooks = [
+            hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)
+        ]
+        self._tensors = [
+            (owner, name, x, x.data_ptr())
+            for module in modules
+            for owner in (module._parameters, module._buffers)
+            for name, x in owner.items()
+            if x is not None
+        ]
+
+    def is_current(self) -> bool:
+        """Whether the model still has these tensors at these places, these modules, no hooks."""
+        return (
+            not any(self._hooks)
+            and all(owner.get(name) is child for owner, name, child in self._children)
+            and all(
+                owner.get(name) is x and x.data_ptr() == place
+                for owner, name, x, place in self._tensors
+            )
+        )
+
+
+_weights: WeakKeyDictionary[nn.Module, Weights] = WeakKeyDictionary()
+
+
+def weights_of(model: Any) -> Weights | None:
+    """None: the model has something that the loops do not know."""
+    found = _weights.get(model)
+    if found is None or not found.is_current():
+        _weights.pop(model, None)
+        if not is_plain(model):
+            return None
+        found = _weights[model] = Weights(model)
+    return found
+
+
+def _layer(layer: Any) -> LayerWeights:
+    module, block = layer.self_attn, layer.mlp
+    compressor = index = NO_COMPRESSOR
+    if module.compressor is not None:
+        compressor = arrays.compressor(module.compressor)
+        if hasattr(module.compressor, "indexer"):
+            index = arrays.compressor(module.compressor.indexer)
+    return LayerWeights(
+        arrays.connection(layer.attn_hc, layer.input_layernorm),
+        arrays.attention(module),
+        compressor,
+        index,
+        arrays.connection(layer.ffn_hc, layer.post_attention_layernorm),
+        arrays.experts(block),
+    )
+
+
+def is_plain(model: Any) -> bool:
+    """Whether a V4Model has nothing that the loops do not know: no adapters, packed experts or
+    hooks, no serving's rounding, a router's usual scores, all in float32."""
+    config = model.config
+    if config.fake_quantization or config.scoring_func != "sqrtsoftplus":
+        return False
+    tensors = chain(model.layers.parameters(), model.hc_head.parameters())
+    if not all(x.dtype == torch.float32 and x.is_contiguous() for x in tensors):
+        return False
+    return all(_is_plain(layer) for layer in model.layers)
+
+
+def _is_plain(layer: Any) -> bool:
+    attention, block = layer.self_attn, layer.mlp
+    compressors = [x for x in (attention.compressor,) if x is not None]
+    indexers = [x.indexer for x in compressors if hasattr(x, "indexer")]
+    shared = block.shared_experts
+    norms = [layer.input_layernorm, layer.post_attention_layernorm]
+    norms += [attention.q_a_norm, attention.kv_norm]
+    linear = [attention.q_a_proj, attention.q_b_proj, attention.kv_proj, attention.o_b_proj]
+    for module in (*compressors, *indexers):
+        norms.append(module.kv_norm)
+        linear += [module.kv_proj, module.gate_proj]
+    for indexer in indexers:
+        linear += [indexer.q_b_proj, indexer.scorer.weights_proj]
+    linear += [shared.gate_proj, shared.up_proj, shared.down_proj]
+    kinds = [(nn.Linear, x) for x in linear] + [(V4RMSNorm, x) for x in norms]
+    kinds += [
+        (V4UnweightedRMSNorm, attention.q_b_norm),
+        (GroupedLinear, attention.o_a_proj),
+        (V4Experts, block.experts),
+        (V4SharedExpert, shared),
+    ]
+    return all(x.bias is None for x in linear) and all(
+        type(module) is kind and is_bare(module) for kind, module in kinds
+    )
