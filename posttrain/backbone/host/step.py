@@ -26,6 +26,7 @@ from posttrain.backbone.host.attention import attend
 from posttrain.backbone.host.experts import mix
 from posttrain.backbone.host.hyper import read, read_last, write
 from posttrain.backbone.host.numbers import F32, I64
+from posttrain.backbone.host.threads import even, spread
 from posttrain.backbone.host.weights import Weights
 from posttrain.backbone.routing import Routes, RouteTape, told
 
@@ -34,27 +35,46 @@ def run_step(model: Any, weights: Weights, token_id_T: Tensor, context: DecodeCo
     """Hidden states (T, H), normalised, of a V4Model's step."""
     embeds_TH = model.embed_tokens(token_id_T)
     x_TX = array(embeds_TH.repeat(1, model.config.hc_mult))
-    tokens = _tokens(context)
-    turns = {name: arrays.turns(rotation) for name, rotation in context.rotation_B.items()}
-    for layer, own in zip(model.layers, weights.layers, strict=True):
-        turn_TrZ = turns[layer.self_attn.rope_layer_type]
-        choices, told_Tk = _choices(layer.mlp, token_id_T, context.tape)
-        _layer(
-            x_TX,
-            tokens,
-            turn_TrZ,
-            *own,
-            *_past(layer, context),
-            weights.inv_freq_r,
-            context.scaling,
-            told_Tk,
-            choices,
-        )
-        if context.tape:
-            _record(context.tape, layer.mlp, choices)
     out_TH = torch.empty_like(embeds_TH)
-    read_last(x_TX, weights.head, array(out_TH))
+    tokens, out = _tokens(context), array(out_TH)
+    turns = {name: arrays.turns(rotation) for name, rotation in context.rotation_B.items()}
+    steps: list[tuple[Any, ...]] = []
+    for layer, own in zip(model.layers, weights.layers, strict=True):
+        steps.append(
+            (
+                turns[layer.self_attn.rope_layer_type],
+                *own,
+                *_past(layer, context),
+                weights.inv_freq_r,
+                context.scaling,
+                *_choices(layer.mlp, token_id_T, context.tape),
+            )
+        )
+
+    def work(first: int, end: int) -> None:
+        for step in steps:
+            _layer(first, end, x_TX, tokens, *step)
+        read_last(x_TX[first:end], weights.head, out[first:end])
+
+    spread(work, _ends(context, weights.size))
+    if context.tape:
+        for layer, step in zip(model.layers, steps, strict=True):
+            _record(context.tape, layer.mlp, step[-1])
     return out_TH
+
+
+def _ends(context: DecodeContext, row_size: int) -> list[int]:
+    """Where the threads' parts of the tokens end: a chunk's row is one thread's, for its tokens see
+    each other."""
+    total, last = len(context.position_B), context.parts[-1] if context.parts else None
+    if last is None or last.slot_D is None:
+        return even(total, row_size)
+    columns = (last.end - last.first) // len(last.slot_D)
+    ends = [
+        end if end <= last.first else last.first + (end - last.first) // columns * columns
+        for end in even(total, row_size)
+    ]
+    return sorted(set(ends))
 
 
 def _past(layer: Any, context: DecodeContext) -> tuple[F32, Store, Store]:
@@ -70,13 +90,13 @@ def _past(layer: Any, context: DecodeContext) -> tuple[F32, Store, Store]:
 
 def _choices(
     block: Any, token_id_T: Tensor, tape: RouteTape | None
-) -> tuple[Choices, I64]:
-    """Room for what the layer's router gives, and the experts that it is told."""
+) -> tuple[I64, Choices]:
+    """The experts that the layer is told, and room for what its router gives."""
     gate, replay_Tk = block.gate, tape.replay(block.layer_idx) if tape else None
     num = len(token_id_T)
     told_Tk = told(gate, token_id_T, num, is_hash=block.is_hash, replay_Tk=replay_Tk)
     choices = arrays.choices(num, len(gate.weight), gate.top_k)
-    return choices, NONE_I2 if told_Tk is None else array(told_Tk)
+    return NONE_I2 if told_Tk is None else array(told_Tk), choices
 
 
 def _record(tape: RouteTape, block: Any, choices: Choices) -> None:
@@ -87,9 +107,11 @@ def _record(tape: RouteTape, block: Any, choices: Choices) -> None:
 
 @loop
 def _layer(
-    x_TX: F32,
-    tokens: Tokens,
-    turn_TrZ: F32,
+    first: int,
+    end: int,
+    all_TX: F32,
+    all_tokens: Tokens,
+    all_TrZ: F32,
     attn_hc: Connection,
     attention: Attention,
     compressor: Compressor,
@@ -104,7 +126,13 @@ def _layer(
     told_Tk: I64,
     choices: Choices,
 ) -> None:
-    """A layer over the streams, in place: V4DecoderLayer's steps."""
+    """A layer over the streams of the tokens from `first` to `end`, in place: V4DecoderLayer's
+    steps."""
+    x_TX, turn_TrZ, told_Tk = all_TX[first:end], all_TrZ[first:end], told_Tk[first:end]
+    slot_T, position_T, is_real_T = all_tokens
+    tokens = Tokens(slot_T[first:end], position_T[first:end], is_real_T[first:end])
+    score_TE, expert_Tk, weight_Tk = choices
+    choices = Choices(score_TE[first:end], expert_Tk[first:end], weight_Tk[first:end])
     num_tokens, size = len(x_TX), len(attn_hc.weight_H)
     num = x_TX.shape[1] // size
     read_TH, given_TH = (

@@ -44,6 +44,7 @@ class Weights:
         self.head = arrays.head(model.hc_head, model.norm)
         self.inv_freq_r = arrays.array(model.rotary_emb.compress_inv_freq)
         modules = [*model.layers.modules(), *model.hc_head.modules(), model.norm]
+        self.size = sum(x.numel() for x in model.layers.parameters())
         self._children = [
             (module._modules, name, child)
             for module in modules
