@@ -169,15 +169,17 @@ class Engine:
         keys = np.array([row.key for row in filled], np.uint64)
         places = np.array([len(row.response) for row in filled], np.uint64)
 
-        def column(values: list[float], dtype: torch.dtype = torch.float64) -> Tensor:
+        def column(values: list[float], usual: float, dtype: torch.dtype) -> Tensor | None:
+            if all(value == usual for value in values):
+                return None
             return torch.tensor(values, dtype=dtype, device=device)
 
         return sample(
             logits_NV,
             torch.from_numpy(uniform(keys, places)).to(device),
-            temperature_B=column([r.temperature for r in requests]),
-            top_p_B=column([r.top_p for r in requests]),
-            top_k_B=column([r.top_k for r in requests], torch.long),
+            temperature_B=column([r.temperature for r in requests], 1, torch.float64),
+            top_p_B=column([r.top_p for r in requests], 1, torch.float64),
+            top_k_B=column([r.top_k for r in requests], 0, torch.long),
         )
 
     def _take(self, rows: list[Row], draw: Draw) -> None:

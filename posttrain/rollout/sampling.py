@@ -47,33 +47,48 @@ def uniform(key_B: NDArray[np.uint64], position_B: NDArray[np.uint64]) -> NDArra
 
 
 def sample(
-    logits_BV: Tensor, uniform_B: Tensor, *, temperature_B: Tensor, top_p_B: Tensor, top_k_B: Tensor
+    logits_BV: Tensor,
+    uniform_B: Tensor,
+    *,
+    temperature_B: Tensor | None = None,
+    top_p_B: Tensor | None = None,
+    top_k_B: Tensor | None = None,
 ) -> Draw:
-    """One token a row. Temperature 0 is greedy: the lowest of the best tokens."""
-    is_greedy_B = temperature_B == 0
-    tempered = logits_BV.double() / torch.where(is_greedy_B, 1.0, temperature_B)[:, None]
+    """One token a row; None: 1, 1 and 0 in every row. Temperature 0 is greedy: the lowest of the
+    best tokens."""
+    tempered = logits_BV.double()
+    if temperature_B is not None:
+        tempered = tempered / torch.where(temperature_B == 0, 1.0, temperature_B)[:, None]
     p_BV = whole_BV = tempered.softmax(dim=-1)
     keep_BV = None
-    is_cut_B = (top_p_B < 1) | (top_k_B > 0)
-    if bool(is_cut_B.any()):
+    if top_p_B is not None or top_k_B is not None:
         keep_BV = _support(p_BV, top_p_B, top_k_B)
         p_BV = p_BV * keep_BV
     total_BV = p_BV.cumsum(dim=-1)
     mass_B1 = total_BV[:, -1:]
-    token_B = torch.searchsorted(total_BV, uniform_B[:, None] * mass_B1, right=True).squeeze(1)
-    token_B = token_B.clamp(max=p_BV.shape[1] - 1)
-    token_B = torch.where(is_greedy_B, logits_BV.argmax(dim=-1), token_B)
-    logp_B = whole_BV.gather(1, token_B[:, None]).squeeze(1).log()
-    kept_logp_B = torch.where(is_cut_B, logp_B - mass_B1.squeeze(1).log(), logp_B)
-    return Draw(token_B, logp_B, kept_logp_B, keep_BV)
+    token_B1 = torch.searchsorted(total_BV, uniform_B[:, None] * mass_B1, right=True)
+    token_B1 = token_B1.clamp(max=p_BV.shape[1] - 1)
+    if temperature_B is not None:
+        best_B1 = logits_BV.argmax(dim=-1, keepdim=True)
+        token_B1 = torch.where(temperature_B[:, None] == 0, best_B1, token_B1)
+    logp_B = whole_BV.gather(1, token_B1).squeeze(1).log()
+    kept_logp_B = logp_B
+    if keep_BV is not None:
+        is_cut_B = ~keep_BV.all(dim=-1)
+        kept_logp_B = torch.where(is_cut_B, logp_B - mass_B1.squeeze(1).log(), logp_B)
+    return Draw(token_B1.squeeze(1), logp_B, kept_logp_B, keep_BV)
 
 
-def _support(p_BV: Tensor, top_p_B: Tensor, top_k_B: Tensor) -> Tensor:
+def _support(p_BV: Tensor, top_p_B: Tensor | None, top_k_B: Tensor | None) -> Tensor:
     """True for the `top_k` likeliest tokens (0: all) that are in the smallest set of mass
     `top_p`."""
     order = p_BV.sort(dim=-1, descending=True, stable=True)
-    rank_V = torch.arange(p_BV.shape[1], device=p_BV.device)
-    mass_before = order.values.cumsum(dim=-1) - order.values
-    k_B1 = torch.where(top_k_B > 0, top_k_B, p_BV.shape[1])[:, None]
-    keep = (rank_V < k_B1) & ((mass_before < top_p_B[:, None]) | (rank_V == 0))
+    keep = torch.ones_like(p_BV, dtype=torch.bool)
+    if top_k_B is not None:
+        k_B1 = torch.where(top_k_B > 0, top_k_B, p_BV.shape[1])[:, None]
+        keep &= torch.arange(p_BV.shape[1], device=p_BV.device) < k_B1
+    if top_p_B is not None:
+        mass_before = order.values.cumsum(dim=-1) - order.values
+        keep &= (mass_before < top_p_B[:, None]) | (top_p_B[:, None] >= 1)
+        keep[:, 0] = True
     return torch.zeros_like(keep).scatter(1, order.indices, keep)

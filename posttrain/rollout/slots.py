@@ -50,9 +50,9 @@ class V4Slots:
         device, slots = self._model.device, sorted(live)
         token_B = is_live_B = chunk = None
         if slots:
-            token_B, is_live_B = torch.zeros(2, whole(slots[-1] + 1), dtype=torch.long)
-            token_B[slots], is_live_B[slots] = torch.tensor([live[slot] for slot in slots]), 1
-            token_B, is_live_B = token_B.to(device), is_live_B.to(device)
+            fed_2B = np.zeros((2, whole(slots[-1] + 1)), np.int64)  # numpy takes lists faster
+            fed_2B[0, slots], fed_2B[1, slots] = [live[slot] for slot in slots], 1
+            token_B, is_live_B = torch.from_numpy(fed_2B).to(device)
         if reading:
             chunk = self._chunk(reading)
         tape = RouteTape(len(self._model.model.layers)) if wants_routes else None
@@ -77,7 +77,8 @@ class V4Slots:
         ends = [first + row * COLUMNS + len(ids) - 1 for row, (_, ids) in enumerate(reading)]
         places = [*slots, *ends]
         places += places[:1] * (whole(len(places)) - len(places))
-        logits = self._model.lm_head(hidden_TH[torch.tensor(places, device=device)])
+        place_N = torch.from_numpy(np.array(places)).to(device)
+        logits = self._model.lm_head(hidden_TH.index_select(0, place_N))
         return logits, _routes(tape, [1] * len(slots) + [len(ids) for _, ids in reading])
 
     def _chunk(self, reading: Sequence[tuple[int, Sequence[int]]]) -> Chunk:

@@ -10,10 +10,14 @@ Nothing has a gradient; all is float32. Where `use_host_loops` says no, decode.p
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Callable
 from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
-from typing import Any, TypeVar, cast
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -47,21 +51,36 @@ def loop(function: F) -> F:
     """`function`, compiled at its first call; without numba as it is."""
     if not has_numba():
         return function
-    import numba  # pyright: ignore[reportMissingTypeStubs]
-
-    compiled: Any = numba.njit(
-        cache=True, nogil=True, fastmath=REORDERED, error_model="numpy"
-    )
-    return cast("F", compiled(function))
+    numba: Any = import_module("numba")
+    config, options = numba.config, {"nogil": True, "fastmath": REORDERED, "error_model": "numpy"}
+    usual, config.CACHE_DIR = config.CACHE_DIR, kept_in()
+    try:
+        return numba.njit(cache=bool(config.CACHE_DIR), **options)(function)
+    finally:
+        config.CACHE_DIR = usual
 
 
 def within(function: F) -> F:
     """`function`, to be put into the loops that call it, whose vectors it then goes in."""
     if not has_numba():
         return function
-    import numba  # pyright: ignore[reportMissingTypeStubs]
-
-    compiled: Any = numba.njit(inline="always")
-    return cast("F", compiled(function))
+    numba: Any = import_module("numba")
+    return numba.njit(inline="always")(function)
 
 
+@cache
+def kept_in() -> str:
+    """The folder for what was compiled of these very files: numba looks whether the file of a
+    function has changed, not those of the functions that it calls. "": there is none to write to,
+    and each process compiles for itself."""
+    digest = hashlib.blake2b(digest_size=8)
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    base = os.environ.get("NUMBA_CACHE_DIR") or os.environ.get("XDG_CACHE_HOME")
+    try:
+        folder = Path(base) if base else Path.home() / ".cache"
+        folder = folder / "posttrain" / f"loops-{digest.hexdigest()}"
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # RuntimeError: there is no home
+        return ""
+    return str(folder) if os.access(folder, os.W_OK) else ""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from posttrain.backbone.cache import CompressedStore
-from posttrain.backbone.host.numbers import F32, I64, Bool
+from posttrain.backbone.host.sums import F32, I64, Bool
 
 NONE_F1 = np.empty(0, np.float32)
 NONE_F2 = np.empty((0, 0), np.float32)
@@ -121,45 +121,64 @@ def array(x: Tensor) -> Any:
 
 
 def connection(module: Any, norm: Any) -> Connection:
-    arrays = (array(x) for x in (module.fn, module.base, module.scale, norm.weight))
-    eps = module.input_norm.eps, module.hc_eps
-    return Connection(*arrays, *eps, module.hc_sinkhorn_iters, norm.variance_epsilon)
+    return Connection(
+        fn_CX=array(module.fn),
+        base_C=array(module.base),
+        scale_3=array(module.scale),
+        weight_H=array(norm.weight),
+        norm_eps=module.input_norm.eps,
+        eps=module.hc_eps,
+        iterations=module.hc_sinkhorn_iters,
+        weight_eps=norm.variance_epsilon,
+    )
 
 
 def head(module: Any, norm: Any) -> Connection:
-    arrays = (array(x) for x in (module.hc_fn, module.hc_base, module.hc_scale, norm.weight))
-    return Connection(*arrays, module.input_norm.eps, module.eps, 0, norm.variance_epsilon)
+    return Connection(
+        fn_CX=array(module.hc_fn),
+        base_C=array(module.hc_base),
+        scale_3=array(module.hc_scale),
+        weight_H=array(norm.weight),
+        norm_eps=module.input_norm.eps,
+        eps=module.eps,
+        iterations=0,
+        weight_eps=norm.variance_epsilon,
+    )
 
 
 def attention(module: Any) -> Attention:
-    modules = (module.q_a_proj, module.q_a_norm, module.q_b_proj, module.kv_proj, module.kv_norm)
-    index: tuple[F32, F32, float, int] = NONE_F2, NONE_F2, 0.0, 0
-    if (indexer := getattr(module.compressor, "indexer", None)) is not None:
-        scorer = indexer.scorer
-        weights = array(indexer.q_b_proj.weight), array(scorer.weights_proj.weight)
-        scale = scorer.weights_scaling * scorer.softmax_scale
-        index = *weights, scale, indexer.index_topk
+    indexer = getattr(module.compressor, "indexer", None)
+    scorer = indexer and indexer.scorer
     return Attention(
-        *(array(x.weight) for x in modules),
-        array(module.sinks),
-        array(module.o_a_proj.weight),
-        array(module.o_b_proj.weight),
-        *index,
-        module.q_a_norm.variance_epsilon,
-        module.scaling,
-        module.config.sliding_window,
-        module.config.o_groups,
+        q_a_RH=array(module.q_a_proj.weight),
+        q_a_norm_R=array(module.q_a_norm.weight),
+        q_b_XR=array(module.q_b_proj.weight),
+        kv_dH=array(module.kv_proj.weight),
+        kv_norm_d=array(module.kv_norm.weight),
+        sink_h=array(module.sinks),
+        o_a_YX=array(module.o_a_proj.weight),
+        o_b_HY=array(module.o_b_proj.weight),
+        index_q_XR=array(indexer.q_b_proj.weight) if indexer else NONE_F2,
+        index_weight_hH=array(scorer.weights_proj.weight) if scorer else NONE_F2,
+        index_scale=scorer.weights_scaling * scorer.softmax_scale if scorer else 0.0,
+        index_top_k=indexer.index_topk if indexer else 0,
+        eps=module.q_a_norm.variance_epsilon,
+        scaling=module.scaling,
+        window=module.config.sliding_window,
+        num_groups=module.config.o_groups,
     )
 
 
 def compressor(module: Any) -> Compressor:
-    rate, size = len(module.position_bias), module.kv_norm.weight.numel()
-    modules = module.kv_proj.weight, module.gate_proj.weight, module.position_bias
+    rate, width = module.position_bias.shape
     return Compressor(
-        *(array(x) for x in (*modules, module.kv_norm.weight)),
-        module.kv_norm.variance_epsilon,
-        rate,
-        rate * module.position_bias.shape[1] // size,
+        kv_SH=array(module.kv_proj.weight),
+        gate_SH=array(module.gate_proj.weight),
+        bias_mS=array(module.position_bias),
+        norm_C=array(module.kv_norm.weight),
+        eps=module.kv_norm.variance_epsilon,
+        rate=rate,
+        num_read=rate * width // module.kv_norm.weight.numel(),
     )
 
 
@@ -169,20 +188,18 @@ def store(own: CompressedStore) -> Store:
 
 def experts(block: Any) -> Experts:
     gate, routed, shared = block.gate, block.experts, block.shared_experts
-    num_experts = len(gate.weight)
-    bias_E = np.zeros(num_experts, np.float32)
-    if not block.is_hash:
-        bias_E = array(gate.e_score_correction_bias)
-    shared_modules = shared.gate_proj, shared.up_proj, shared.down_proj
+    no_bias_E = np.zeros(len(gate.weight), np.float32)
     return Experts(
-        array(gate.weight),
-        bias_E,
-        array(routed.gate_up_proj),
-        array(routed.down_proj),
-        *(array(x.weight) for x in shared_modules),
-        gate.routed_scaling_factor,
-        routed.limit,
-        shared.limit,
+        gate_EH=array(gate.weight),
+        bias_E=no_bias_E if block.is_hash else array(gate.e_score_correction_bias),
+        gate_up_EJH=array(routed.gate_up_proj),
+        down_EHI=array(routed.down_proj),
+        shared_gate_IH=array(shared.gate_proj.weight),
+        shared_up_IH=array(shared.up_proj.weight),
+        shared_down_HI=array(shared.down_proj.weight),
+        scaling=gate.routed_scaling_factor,
+        limit=routed.limit,
+        shared_limit=shared.limit,
     )
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from posttrain.backbone.host import loop
 from posttrain.backbone.host.arrays import Attention, Compressor, Store, Tokens
-from posttrain.backbone.host.numbers import (
+from posttrain.backbone.host.sums import (
     F32,
     I64,
     add_weighted,
@@ -39,7 +39,7 @@ def attend(
     out_TH: F32,
 ) -> None:
     """Write the tokens' keys, then attend to what their slots hold."""
-    num, heads = len(x_TH), len(own.sink_h)
+    num = len(x_TH)
     latent_TR = np.empty((num, len(own.q_a_RH)), np.float32)
     product(x_TH, own.q_a_RH, latent_TR, 0, 0)
     for t in range(num):
@@ -54,9 +54,7 @@ def attend(
         _compress(x_TH, tokens, index, keys, inv_freq_r, freq_scaling)
         index_TK = _chosen(x_TH, latent_TR, tokens, turn_TrZ, own, index.rate, keys.entry_BEC)
     mixed_TX, entry_BEd = np.empty_like(q_TX), entries.entry_BEC
-    _mix(
-        q_TX, tokens, turn_TrZ, own, ring_BRd, entry_BEd, compressor.rate, index_TK, mixed_TX
-    )
+    _mix(q_TX, tokens, turn_TrZ, own, ring_BRd, entry_BEd, compressor.rate, index_TK, mixed_TX)
     size, rows = own.o_a_YX.shape[1], len(own.o_a_YX) // own.num_groups
     grouped_TY = np.empty((num, len(own.o_a_YX)), np.float32)
     for g in range(own.num_groups):
@@ -66,9 +64,7 @@ def attend(
 
 
 @loop
-def _put_keys(
-    x_TH: F32, tokens: Tokens, turn_TrZ: F32, own: Attention, ring_BRd: F32
-) -> None:
+def _put_keys(x_TH: F32, tokens: Tokens, turn_TrZ: F32, own: Attention, ring_BRd: F32) -> None:
     """The normed, rotated keys = values of the real tokens, into their places of the ring."""
     kv_Td = np.empty((len(x_TH), len(own.kv_dH)), np.float32)
     product(x_TH, own.kv_dH, kv_Td, 0, 0)
@@ -178,12 +174,12 @@ def _chosen(
             for h in range(heads):
                 score += weight_Th[t, h] * max(dot_Eh[e, h], np.float32(0.0))
             score_E[e] = score * np.float32(own.index_scale)
-        _best(score_E[:seen], index_TK[t])
+        best(score_E[:seen], index_TK[t])
     return index_TK
 
 
 @loop
-def _best(score_E: F32, out_K: I64) -> None:
+def best(score_E: F32, out_K: I64) -> None:
     """The places of the highest scores, ascending; of equal ones the lowest."""
     least = np.partition(score_E, score_E.size - out_K.size)[score_E.size - out_K.size]
     room = out_K.size

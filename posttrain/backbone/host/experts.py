@@ -12,7 +12,7 @@ import numpy as np
 
 from posttrain.backbone.host import loop
 from posttrain.backbone.host.arrays import Choices, Experts
-from posttrain.backbone.host.numbers import F32, I64, Bool, product, sigmoid
+from posttrain.backbone.host.sums import F32, I64, Bool, product, sigmoid
 from posttrain.backbone.routing import LOWEST_LOGIT
 
 LOWEST = np.float32(LOWEST_LOGIT)

@@ -11,7 +11,7 @@ import numpy as np
 
 from posttrain.backbone.host import loop
 from posttrain.backbone.host.arrays import Connection
-from posttrain.backbone.host.numbers import (
+from posttrain.backbone.host.sums import (
     F32,
     add_weighted,
     exp,

@@ -25,7 +25,7 @@ from posttrain.backbone.host.arrays import (
 from posttrain.backbone.host.attention import attend
 from posttrain.backbone.host.experts import mix
 from posttrain.backbone.host.hyper import read, read_last, write
-from posttrain.backbone.host.numbers import F32, I64
+from posttrain.backbone.host.sums import F32, I64
 from posttrain.backbone.host.threads import even, spread
 from posttrain.backbone.host.weights import Weights
 from posttrain.backbone.routing import Routes, RouteTape, told
@@ -88,9 +88,7 @@ def _past(layer: Any, context: DecodeContext) -> tuple[F32, Store, Store]:
     return ring_BRd, stores.get("compressor", NO_STORE), stores.get("indexer", NO_STORE)
 
 
-def _choices(
-    block: Any, token_id_T: Tensor, tape: RouteTape | None
-) -> tuple[I64, Choices]:
+def _choices(block: Any, token_id_T: Tensor, tape: RouteTape | None) -> tuple[I64, Choices]:
     """The experts that the layer is told, and room for what its router gives."""
     gate, replay_Tk = block.gate, tape.replay(block.layer_idx) if tape else None
     num = len(token_id_T)

@@ -29,7 +29,7 @@ class LayerWeights(NamedTuple):
     attn_hc: Connection
     attention: Attention
     compressor: Compressor
-    index: Compressor
+    index_keys: Compressor
     ffn_hc: Connection
     experts: Experts
 
@@ -50,9 +50,7 @@ class Weights:
             for module in modules
             for name, child in module._modules.items()
         ]
-        self._hooks = [
-            hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)
-        ]
+        self._hooks = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
         self._tensors = [
             (owner, name, x, x.data_ptr())
             for module in modules

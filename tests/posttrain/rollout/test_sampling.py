@@ -19,9 +19,9 @@ def draw(
     return sample(
         logits,
         u,
-        temperature_B=ones * temperature,
-        top_p_B=ones * top_p,
-        top_k_B=(ones * top_k).long(),
+        temperature_B=ones * temperature if temperature != 1 else None,
+        top_p_B=ones * top_p if top_p < 1 else None,
+        top_k_B=(ones * top_k).long() if top_k else None,
     )
 
 
@@ -118,3 +118,23 @@ def test_what_is_kept_is_a_distribution_and_its_logp_is_recorded() -> None:
     torch.testing.assert_close(drawn.kept_logp_B.exp(), wanted / 0.9)
     torch.testing.assert_close(drawn.logp_B.exp(), wanted)
     assert draw(logits, u).keep_BV is None
+
+
+def test_a_row_that_nothing_is_cut_of_draws_the_same_beside_rows_that_are_cut() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(64, 500, generator=generator) * 6  # a tail that rounding sums to nothing
+    u = torch.rand(64, generator=generator, dtype=torch.float64)
+    alone = draw(logits, u)
+    is_cut = torch.arange(64) % 2 == 1
+    mixed = sample(
+        logits,
+        u,
+        temperature_B=torch.where(is_cut, 0.7, 1.0).double(),
+        top_p_B=torch.where(is_cut, 0.5, 1.0).double(),
+        top_k_B=torch.where(is_cut, 3, 0),
+    )
+    assert mixed.keep_BV is not None
+    assert bool(mixed.keep_BV[~is_cut].all())
+    assert int(mixed.keep_BV[is_cut].sum(-1).max()) <= 3
+    for a, b in zip(alone[:3], mixed[:3], strict=True):
+        assert torch.equal(a[~is_cut], b[~is_cut])

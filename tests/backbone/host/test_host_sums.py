@@ -1,0 +1,130 @@
+"""The loops' parts give what float64 gives; a row's bits do not depend on the rows beside it."""
+
+from pathlib import Path
+from typing import Any
+
+import numba
+import numpy as np
+import pytest
+
+from posttrain.backbone import host
+from posttrain.backbone.host import kept_in, loop, sums
+from posttrain.backbone.host.attention import best
+from posttrain.backbone.host.hyper import BLOCK, sinkhorn
+
+
+@loop
+def exps(x: Any, out: Any) -> None:
+    for i in range(x.size):
+        out[i] = sums.exp(x[i])
+
+
+def draw(*shape: int, seed: int = 0) -> Any:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def test_exp_is_right_to_three_units_of_the_last_place() -> None:
+    x = np.random.default_rng(1).uniform(-87, 88, 100_001).astype(np.float32)
+    x[:3] = 0.0, -87.0, 88.0
+    found = np.empty_like(x)
+    exps(x, found)
+    wanted = np.exp(x.astype(np.float64))
+    assert np.abs(found / wanted - 1).max() < 4e-7
+
+
+def test_exp_of_what_is_further_out_is_next_to_nothing_or_very_large_and_nan_stays() -> None:
+    x = np.array([-np.inf, -1e30, np.inf, np.nan], np.float32)
+    found = np.empty_like(x)
+    exps(x, found)
+    assert (found[:2] < 1e-37).all()
+    assert np.isfinite(found[2])
+    assert found[2] > 1e38
+    assert np.isnan(found[3])
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (5, 3, 7), (4, 2, 8), (17, 33, 130), (2, 64, 31)])
+@pytest.mark.parametrize(("first", "to"), [(0, 0), (3, 5)])
+def test_a_product_is_float64s_and_leaves_the_other_columns(
+    shape: tuple[int, int, int], first: int, to: int
+) -> None:
+    rows, num, size = shape
+    x, weight = draw(rows, first + size + 2), draw(num, size, seed=1)
+    out = draw(rows, to + num + 1, seed=2)
+    wanted = out.astype(np.float64)
+    wanted[:, to : to + num] = x[:, first : first + size].astype(np.float64) @ weight.T
+    sums.product(x, weight, out, first, to)
+    np.testing.assert_allclose(out, wanted, rtol=0, atol=1e-6 * size)
+
+
+@pytest.mark.parametrize("size", [1, 7, 32, 130])
+def test_a_rows_product_is_the_same_bits_in_any_place_among_any_rows(size: int) -> None:
+    x, weight = draw(23, size), draw(9, size, seed=1)
+    together = np.empty((23, 9), np.float32)
+    sums.product(x, weight, together, 0, 0)
+    order = np.random.default_rng(2).permutation(23)
+    for count in (1, 2, 3, 5, 23):
+        some = np.empty((count, 9), np.float32)
+        sums.product(x[order[:count]], weight, some, 0, 0)
+        np.testing.assert_array_equal(some, together[order[:count]])
+
+
+@pytest.mark.parametrize("num", [0, 1, 3, 4, 11])
+def test_weighted_sums_are_float64s(num: int) -> None:
+    weight, x, out = draw(3, num + 2), draw(num, 19, seed=1), draw(3, 19, seed=2)
+    wanted = out + weight[:, 2:].astype(np.float64) @ x
+    sums.add_weighted(weight, x, out, 2)
+    np.testing.assert_allclose(out, wanted, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("num", [1, 2, 4, 5])
+@pytest.mark.parametrize("iterations", [1, 3, 20])
+def test_sinkhorn_is_float64s_sweep_by_sweep(num: int, iterations: int) -> None:
+    comb = draw(num, num, BLOCK) * 3
+    wanted = np.exp(comb.astype(np.float64))
+    wanted = wanted / wanted.sum(1, keepdims=True) + 1e-6
+    for sweep in range(2 * iterations - 1):
+        wanted = wanted / (wanted.sum(sweep % 2, keepdims=True) + 1e-6)
+    sinkhorn(comb, iterations, np.float32(1e-6))
+    np.testing.assert_allclose(comb, wanted, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("top_k", [1, 4, 9, 10])
+def test_the_best_are_in_order_and_the_lowest_of_equal_ones(top_k: int) -> None:
+    for seed in range(50):
+        score = np.random.default_rng(seed).integers(0, 4, 10).astype(np.float32)
+        found = np.full(top_k, -1, np.int64)
+        best(score, found)
+        wanted = sorted(sorted(range(10), key=lambda e: (-score[e], e))[:top_k])
+        assert found.tolist() == wanted
+
+
+def test_loops_are_kept_by_the_text_of_all_of_them_and_go_without_where_nothing_can_be_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("NUMBA_CACHE_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    kept_in.cache_clear()
+    folder = Path(kept_in())
+    assert folder.parent == tmp_path / "posttrain"
+    assert folder.is_dir()
+    own = Path(host.__file__).parent / "sums.py"
+    read_bytes = Path.read_bytes
+    monkeypatch.setattr(
+        Path, "read_bytes", lambda path: read_bytes(path) + (b"#" if path == own else b"")
+    )
+    kept_in.cache_clear()
+    assert Path(kept_in()) != folder
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    kept_in.cache_clear()
+    try:
+        assert kept_in() == ""
+        assert loop(thrice)(2) == 6
+        config: Any = vars(numba)["config"]
+        assert config.CACHE_DIR == ""
+    finally:
+        kept_in.cache_clear()
+
+
+def thrice(x: int) -> int:
+    return 3 * x
