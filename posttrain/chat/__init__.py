@@ -1,5 +1,6 @@
 """Conversations as token ids: encoding messages, reading the turns that a model writes."""
 
+from posttrain.chat.conversations import Conversation, parse_conversation
 from posttrain.chat.encoding import (
     Effort,
     Message,
@@ -12,6 +13,7 @@ from posttrain.chat.encoding import (
 from posttrain.chat.turns import ToolCall, Turn, parse_turn
 
 __all__ = [
+    "Conversation",
     "Effort",
     "Message",
     "ToolCall",
@@ -20,6 +22,7 @@ __all__ = [
     "encode_prompt",
     "encode_tool_results",
     "is_v4",
+    "parse_conversation",
     "parse_turn",
     "tools_text",
 ]

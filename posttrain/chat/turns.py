@@ -65,10 +65,17 @@ def parse_turn(
 ) -> Turn:
     """The turn of the model's own `ids` (its EOS included, if it was sampled)."""
     is_ended = bool(ids) and ids[-1] == tokenizer.eos_token_id
-    text = _text(tokenizer, ids[:-1] if is_ended else ids)
+    text = text_of(tokenizer, ids[:-1] if is_ended else ids)
+    return turn_of(tokenizer, text, is_ended=is_ended, is_thinking=effort != "none")
+
+
+def turn_of(
+    tokenizer: PreTrainedTokenizerBase, text: str, *, is_ended: bool, is_thinking: bool
+) -> Turn:
+    """The turn of what `text_of` gives of its ids, without its EOS."""
     problem = None if is_ended else "the turn has no end"
     reasoning = ""
-    if effort != "none":
+    if is_thinking:
         reasoning, mark, text = text.partition(END_THINK)
         problem = problem if mark else "the reasoning has no end"
     content, opened, block = text.partition(OPEN_CALLS)
@@ -81,10 +88,10 @@ def parse_turn(
             content, problem = text, str(error)
     if not problem and controls_of(tokenizer).pattern.search(reasoning + CUT + content):
         problem = "a control token inside the text"
-    return Turn(_clean(reasoning), _clean(content), calls, problem)
+    return Turn(clean(reasoning), clean(content), calls, problem)
 
 
-def _text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+def text_of(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     """The ids' text; what only looks like a control token in it is cut."""
     controls = controls_of(tokenizer)
     parts: list[str] = []
@@ -102,7 +109,8 @@ def _text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     return "".join(parts)
 
 
-def _clean(text: str) -> str:
+def clean(text: str) -> str:
+    """What was written, of a part of `text_of`."""
     return text.replace(CUT, "")
 
 
@@ -116,12 +124,12 @@ def _calls(block: str) -> list[ToolCall]:
         while parameter := PARAMETER.match(block, at):
             at = parameter.end()
             key, is_string, value = parameter.groups()
-            arguments[_clean(key)] = _clean(value) if is_string == "true" else _json(_clean(value))
+            arguments[clean(key)] = clean(value) if is_string == "true" else _json(clean(value))
         end = END_INVOKE.match(block, at)
         if not end:
-            raise _Malformed(f"a call of {_clean(invoke[1])!r} that cannot be read")
+            raise _Malformed(f"a call of {clean(invoke[1])!r} that cannot be read")
         at = end.end()
-        calls.append(ToolCall(_clean(invoke[1]), arguments))
+        calls.append(ToolCall(clean(invoke[1]), arguments))
     close = END_CALLS.match(block, at)
     if not close or not calls:
         raise _Malformed("a tool call that cannot be read")

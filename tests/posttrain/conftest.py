@@ -1,4 +1,4 @@
-"""The judges made by hand, tests/judge_models.py, are importable by name."""
+"""What stands in tests/ is importable by name: judges made by hand, chats."""
 
 import sys
 from pathlib import Path
