@@ -111,9 +111,11 @@ class LearnersConfig(Config):
 
     num_ranks: int = Field(default=1, ge=1)
     """Processes; each takes its part of a step's rows. The run needs as many workers."""
-    strategy: Literal["ddp", "fsdp2"] = "ddp"
+    strategy: Literal["ddp", "fsdp2", "zero2", "zero3"] = "ddp"
     """`ddp`: each holds the whole student; `fsdp2`: each holds a part of it and of the optimizer's
-    state and gathers one layer at a time, and the first also a whole copy, which samples."""
+    state and gathers one layer at a time, and the first also a whole copy, which samples; `zero2`:
+    each holds the whole student and a part of the optimizer's state; `zero3`: as fsdp2, and a
+    whole gradient. The last two are DeepSpeed's, for AdamW."""
     timeout_s: float = Field(default=600.0, gt=0)
     """Seconds that one may wait for the others."""
 
@@ -227,6 +229,16 @@ class DistillConfig(Config):
                 f"kl_to_base is {self.kl_to_base:g}, but the {warmup_steps} steps of "
                 "teacher_samples.warmup_steps minimise the forward KL, which would be taken of the "
                 "base too: set one of them to 0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def zero_cuts_what_muon_needs_whole(self) -> Self:
+        strategy, name = self.learners.strategy, self.optimizer.name
+        if strategy in ("zero2", "zero3") and name != "adamw":
+            raise ValueError(
+                f"optimizer.name is {name}, but learners.strategy is {strategy}, whose flat parts "
+                "are no matrices: set optimizer.name to adamw, or learners.strategy to fsdp2"
             )
         return self
 

@@ -25,7 +25,6 @@ from distill.mesh import Mesh
 from distill.reverse_kl import Head, ReverseKL, as_head, reverse_kl
 from distill.tally import Tally
 from posttrain.backbone.auxiliary import scale_own_losses
-from posttrain.sharded import load_whole, load_whole_optimizer, whole
 
 log = logging.getLogger(__name__)
 
@@ -76,8 +75,9 @@ class Learner:
         names; `guard` decides which gradients are used."""
         self.mesh = mesh or Mesh()
         self.model = model
-        self.student = self.mesh.prepare(Student(model), model._no_split_modules or ())
-        self.optimizer = make_optimizer(model)
+        self.student, self.optimizer = self.mesh.prepare(
+            Student(model), model._no_split_modules or (), lambda: make_optimizer(model)
+        )
         self.peak_rates = [group["lr"] for group in self.optimizer.param_groups]
         self.domains = list(shares)
         self.share_D = self._tensor(list(shares.values()))
@@ -109,13 +109,14 @@ class Learner:
         parts += [[]] * (num_rounds - len(parts))
         tally = Tally(self.domains, self.mesh)
         self.student.train()
-        for i, part in enumerate(parts):
-            # made as it is needed: it holds a copy of its rows' hidden states
-            batch = make_microbatch(part, domains=self.domains).to(self.mesh.device)
-            with self.mesh.accumulate(self.student, is_last=i == num_rounds - 1):
-                self._learn(batch, totals, tally)
+        with self.mesh.one_sum(self.optimizer):
+            for i, part in enumerate(parts):
+                # made as it is needed: it holds a copy of its rows' hidden states
+                batch = make_microbatch(part, domains=self.domains).to(self.mesh.device)
+                with self.mesh.accumulate(self.student, is_last=i == num_rounds - 1):
+                    self._learn(batch, totals, tally)
         scale_own_losses(self.student, None)  # another trainer's of this model find it as it was
-        grad_norm = self.mesh.clip_grad_norm(self.student, self.max_grad_norm)
+        grad_norm = self.mesh.clip_grad_norm(self.student, self.optimizer, self.max_grad_norm)
         self._update(grad_norm.item(), learning_rate_factor)
         is_warmup = any(row.example.is_warmup for row in rows)
         metrics = tally.metrics(is_ablation=is_warmup or self.kind != "reverse_kl")
@@ -135,18 +136,16 @@ class Learner:
 
     def weights(self) -> dict[str, Tensor]:
         """The student's whole state; all ranks call this."""
-        return whole(self.model.state_dict())
+        return self.mesh.weights(self.model)
 
     def state(self) -> dict[str, Any]:
         """All that a resumed learner needs, whole; all ranks call this."""
-        optimizer = whole(self.optimizer.state_dict())
-        return {"model": self.weights(), "optimizer": optimizer, "guard": self.guard.state()}
+        return {**self.mesh.state(self.model, self.optimizer), "guard": self.guard.state()}
 
     def load(self, path: Path, *, with_guard: bool) -> dict[str, Any]:
         """Go on from a file of `state()`, each rank from the whole of it; all that it holds."""
         state = torch.load(path, map_location="cpu", weights_only=True)
-        load_whole(self.model, state["model"])
-        load_whole_optimizer(self.optimizer, state["optimizer"])
+        self.mesh.load(self.model, self.optimizer, state)
         if with_guard:
             self.guard.load(state["guard"])
         return state

@@ -16,14 +16,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch import distributed as dist
 
 from distill.batch import ScoredExample
 from distill.config import OpdStage
 from distill.guard import Guard
 from distill.hidden_store import HiddenRow
 from distill.learner import Learner
-from distill.mesh import Mesh, meet
+from distill.mesh import Mesh, leave, meet
 from distill.reverse_kl import Head
 from distill.teacher_models import Loader
 from distill.teachers import Recent, Teachers, read_head
@@ -99,7 +98,7 @@ class Rank:
 
     def leave(self) -> None:
         """The run is over."""
-        dist.destroy_process_group()
+        leave()
 
     def _read_head(self, name: str) -> Head:
         return read_head(self._loader, self._folders[name])
@@ -207,15 +206,15 @@ class Learners:
     def close(self) -> None:
         """The run is over."""
         if self._others:
-            self._together([("leave",)] * len(self._others), dist.destroy_process_group)
+            self._together([("leave",)] * len(self._others), leave)
 
     def _refresh(self) -> None:
         if self._own.mesh.is_sharded:
             self._model.load_state_dict(self._gather("weights", self._own.weights))
 
     def _gather(self, what: str, compute: Callable[[], Any]) -> Any:
-        is_sharded = self._own.mesh.is_sharded
-        return self._together([("gather", what)] * len(self._others) * is_sharded, compute)
+        has_parts = self._own.mesh.has_parts
+        return self._together([("gather", what)] * len(self._others) * has_parts, compute)
 
     def _together(self, calls: Sequence[tuple[Any, ...]], compute: Callable[[], Any]) -> Any:
         """What this rank computes while the others answer their calls. An error of theirs is

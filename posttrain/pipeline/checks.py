@@ -95,7 +95,7 @@ def naming(file: RecipeFile, where: FieldPath) -> Generator[None]:
 
 
 def check_cluster(file: RecipeFile) -> None:
-    """A job's GPUs and vLLM are on this machine, unless the cluster is elsewhere."""
+    """A job's GPUs, vLLM and DeepSpeed are on this machine, unless the cluster is elsewhere."""
     cluster = file.recipe.cluster
     if cluster.address:
         return
@@ -104,6 +104,13 @@ def check_cluster(file: RecipeFile) -> None:
         raise file.source.error(
             ("distill", "rollout_backend"),
             "vllm is asked for and not installed here: install it, or use engine",
+        )
+    strategies = {distill.learners.strategy for distill in file.recipe.distillations().values()}
+    if strategies & {"zero2", "zero3"} and find_spec("deepspeed") is None:
+        raise file.source.error(
+            ("distill", "learners", "strategy"),
+            "zero2 and zero3 are DeepSpeed's, which is not installed here: install it, or use ddp "
+            "or fsdp2",
         )
     if not cluster.gpus_per_job:
         return

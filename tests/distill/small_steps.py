@@ -10,7 +10,7 @@ from distill.balance import Denominator
 from distill.batch import Example, ScoredExample
 from distill.divergences import Kind
 from distill.learner import Learner
-from distill.mesh import Mesh
+from distill.mesh import Mesh, Strategy
 
 VOCAB = 40
 Models = Callable[[], tuple[Any, dict[str, Any]]]
@@ -18,6 +18,14 @@ Models = Callable[[], tuple[Any, dict[str, Any]]]
 
 SHARES = {"code": 1.0, "mathematics": 3.0}
 TEACHERS = {"code": "teacher/code", "mathematics": "teacher/mathematics"}
+
+# what each strategy of several ranks can update with
+OPTIMIZERS: dict[Strategy, tuple[str, ...]] = {
+    "ddp": ("adamw", "muon"),
+    "fsdp2": ("adamw", "muon"),
+    "zero2": ("adamw",),
+    "zero3": ("adamw",),
+}
 
 # (domain, length of the row, positions that predict an own token): multi-turn rows have gaps
 ROWS = (

@@ -66,6 +66,16 @@ def test_vllm_samples_in_workers_alone_and_its_options_are_its_own() -> None:
     assert found.vllm_options == options
 
 
+@pytest.mark.parametrize("strategy", ["zero2", "zero3"])
+def test_deepspeeds_strategies_have_no_muon(strategy: str) -> None:
+    learners = {"strategy": strategy}
+    with pytest.raises(ValidationError, match=rf"name is muon, but .*{strategy}.* to adamw"):
+        DistillConfig.model_validate({"learners": learners})
+    DistillConfig.model_validate(
+        {"learners": learners, "optimizer": {"name": "adamw", "learning_rate": 1e-3}}
+    )
+
+
 def test_every_domain_needs_teachers() -> None:
     with pytest.raises(ValidationError, match=r"teachers names \['a'\].*\['a', 'b'\]"):
         stage(teachers={"a": "specialist/a"})

@@ -56,10 +56,13 @@ def test_a_run_killed_in_every_phase_comes_to_the_same_bits(
 
 @pytest.mark.slow
 @pytest.mark.ray
+@pytest.mark.parametrize("strategy", ["ddp", "zero2", "zero3"])
 def test_two_ranks_killed_together_come_to_the_same_bits(
-    make_job: Callable[[str], Job],
+    make_job: Callable[[str], Job], strategy: str
 ) -> None:
-    stage = opd_stage(learners={"num_ranks": 2}, num_rollout_workers=1)
+    optimizer = {"name": "muon" if strategy == "ddp" else "adamw", "learning_rate": 1e-3}
+    learners = {"num_ranks": 2, "strategy": strategy}
+    stage = opd_stage(learners=learners, optimizer=optimizer, num_rollout_workers=1)
     straight, killed = make_job("straight"), make_job("killed")
     told: list[dict[str, Any]] = [
         {

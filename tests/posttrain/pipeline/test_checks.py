@@ -155,6 +155,19 @@ def test_vllm_is_missed_before_anything_runs(tmp_path: Path) -> None:
     checked(path, *asked, "cluster.address=ray://head:10001")
 
 
+def test_deepspeed_is_missed_before_anything_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_recipe(tmp_path)
+    optimizer = "distill.optimizer={name: adamw, learning_rate: 1.0e-3}"
+    asked = (optimizer, "distill.learners.strategy=zero3")
+    checked(path, *asked)
+    monkeypatch.setattr("posttrain.pipeline.checks.find_spec", lambda name: None)
+    message = message_of(path, *asked)
+    assert "distill.learners.strategy: zero2 and zero3 are DeepSpeed's, which is not in" in message
+    checked(path, *asked, "cluster.address=ray://head:10001")
+
+
 def test_presets_have_the_context_that_prompts_are_checked_against() -> None:
     from posttrain.backbone.presets import PRESETS
 
