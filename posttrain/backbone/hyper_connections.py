@@ -6,6 +6,8 @@
 comb acts **transposed**. Coefficients are kept with the token last, (N, N, T): the Sinkhorn
 sweeps then run over long contiguous rows, several times faster than over T small matrices. Each
 equation is one autograd function: at short rows the graph's bookkeeping costs more than the sums.
+This is what runs in other types than float32; else host/connect.py does on a CPU and
+kernels/hyper.py on a GPU.
 
 Legend: T tokens, N streams, H hidden size, C = 2 N + N N coefficients, X = N H; comb axes (from
 stream j, to stream k).
@@ -22,6 +24,7 @@ from transformers.models.deepseek_v4 import modeling_deepseek_v4 as stock
 from transformers.utils.generic import maybe_autocast
 
 from posttrain.backbone.function import plain_backward
+from posttrain.backbone.host import ROWS, use_host_loops
 from posttrain.backbone.kernels import use_kernels
 
 KEPT = 4096
@@ -276,11 +279,15 @@ class V4HyperConnection(stock.DeepseekV4HyperConnection):
         num, via = self.hc_mult, connect
         scale_3 = wide(self.scale)
         gain_C = torch.cat([scale_3[i].expand(n) for i, n in enumerate((num, num, num * num))])
-        if use_kernels(x_TNH):
-            from posttrain.backbone.kernels import hyper  # imports triton
-
-            via = hyper.connect
         with maybe_autocast(device_type=x_TNH.device.type, enabled=False):
+            if use_kernels(x_TNH):
+                from posttrain.backbone.kernels import hyper  # imports triton
+
+                via = hyper.connect
+            elif use_host_loops(x_TNH, ROWS):
+                from posttrain.backbone.host import connect as host  # imports numba
+
+                via = host.connect
             return via(
                 x_TNH,
                 wide(self.fn),
@@ -298,11 +305,15 @@ class V4HyperHead(stock.DeepseekV4HyperHead):
     def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Streams (..., N, H) -> (..., H)."""
         head = Head.apply
-        if use_kernels(x):
-            from posttrain.backbone.kernels import hyper  # imports triton
-
-            head = hyper.Head.apply
         with maybe_autocast(device_type=x.device.type, enabled=False):
+            if use_kernels(x):
+                from posttrain.backbone.kernels import hyper  # imports triton
+
+                head = hyper.Head.apply
+            elif use_host_loops(x, ROWS):
+                from posttrain.backbone.host import connect as host  # imports numba
+
+                head = host.Head.apply
             flat_TH: Any = head(
                 x.flatten(0, -3),
                 wide(self.hc_fn),

@@ -1,11 +1,13 @@
-"""One decode step on a CPU in compiled loops: what stands between two matrix products is one pass
-over each token's numbers, where torch has dozens of calls that take longer than their sums.
+"""One decode step on a CPU, and a training step's hyper-connections, in compiled loops: what stands
+between two matrix products is one pass over each token's numbers, where torch has dozens of calls
+that take longer than their sums.
 
 numba compiles a loop when it is first called, for this machine, and keeps it on disk. Each file
 says which torch function its loops are held against (tests/backbone/host). A token's numbers are
 computed without a look at any other's, so its bits do not depend on the tokens beside it.
 
-Nothing has a gradient; all is float32. Where `use_host_loops` says no, decode.py's torch does it.
+All is float32; connect.py alone has gradients. Where `use_host_loops` says no, torch does it, in
+decode.py and in hyper_connections.py.
 """
 
 from __future__ import annotations

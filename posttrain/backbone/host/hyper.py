@@ -21,7 +21,7 @@ from posttrain.backbone.host.sums import (
     sigmoid,
 )
 
-BLOCK = 32
+BLOCK = 128
 """Tokens whose Sinkhorn sweeps go side by side in vectors."""
 
 
