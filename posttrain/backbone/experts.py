@@ -5,7 +5,6 @@ Legend: T tokens, H hidden size, k experts a token, E experts.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -23,6 +22,7 @@ from posttrain.backbone.fake_quant import rounds
 from posttrain.backbone.fp4 import fake_fp8_activation, fake_mxfp4
 from posttrain.backbone.function import plain_backward
 from posttrain.backbone.routing import Routes, RouteTape, route
+from posttrain.backbone.swiglu import shared, swiglu, weighted, weighted_backward
 
 ROWS = 16
 """From so many rows on, torch's CPU products round each row alike, however many there are."""
@@ -91,10 +91,8 @@ class V4SharedExpert(stock.DeepseekV4MLP):
         """(T, H) -> (T, H)."""
         if not torch.is_grad_enabled():
             gate, up = projected(self.gate_proj, x), projected(self.up_proj, x)
-            return projected(self.down_proj, swiglu(gate, up, self.limit))
-        gate, up = self.gate_proj(x), self.up_proj(x)
-        hidden: Any = SwiGLU.apply(gate, up, self.limit)
-        return self.down_proj(hidden)
+            return projected(self.down_proj, shared(gate, up, self.limit))
+        return self.down_proj(shared(self.gate_proj(x), self.up_proj(x), self.limit))
 
 
 class V4SparseMoeBlock(stock.DeepseekV4SparseMoeBlock):
@@ -177,8 +175,7 @@ def routed(
     token_R = order_R // expert_Tk.shape[1]
     gate_up = rounded(gate_up_EJH, x_TH, serving)
     gate_up_RJ = groups.times(x_TH.index_select(0, token_R), gate_up.mT)
-    gate_RI, up_RI = gate_up_RJ.chunk(2, dim=1)
-    hidden_RI = swiglu(gate_RI, up_RI, serving.limit).mul_(_column(weight_Tk, order_R))
+    hidden_RI = weighted(gate_up_RJ, _by_row(weight_Tk, order_R), serving.limit)
     hidden_RI = fake_fp8_activation(hidden_RI) if serving.rounds_inputs else hidden_RI
     out_RH = groups.times(hidden_RI, rounded(down_EHI, x_TH, serving).mT)
     return _sum_by_token(out_RH, order_R, expert_Tk.shape), groups, order_R, gate_up_RJ
@@ -208,7 +205,7 @@ def served(
     x_PH = x_TH.index_select(0, F.pad(order_R // top_k, (0, ROWS)))
     gate_PI, up_PI = _products(x_PH, rounded(gate_up_EJH, x_TH, serving), spans).chunk(2, dim=1)
     hidden_PI = swiglu(gate_PI, up_PI, serving.limit)
-    hidden_PI[:first].mul_(_column(weight_Tk, order_R))
+    hidden_PI[:first].mul_(_by_row(weight_Tk, order_R).unsqueeze(1))
     hidden_PI = fake_fp8_activation(hidden_PI) if serving.rounds_inputs else hidden_PI
     out_PH = _products(hidden_PI, rounded(down_EHI, x_TH, serving), spans)
     out_RH = torch.empty_like(out_PH[:first]).index_copy_(0, order_R, out_PH[:first])
@@ -280,19 +277,16 @@ class RoutedExperts(torch.autograd.Function):
         x_TH, weight_Tk, gate_up_EJH, down_EHI, order_R, gate_up_RJ = ctx.saved_tensors
         groups, serving, shape = ctx.groups, ctx.serving, weight_Tk.shape
         token_R = order_R // shape[1]
-        grad_RH, weight_R1 = grads[0].index_select(0, token_R), _column(weight_Tk, order_R)
-        gate_RI, up_RI = gate_up_RJ.chunk(2, dim=1)
-        hidden_RI = swiglu(gate_RI, up_RI, serving.limit)
+        grad_RH, weight_R = grads[0].index_select(0, token_R), _by_row(weight_Tk, order_R)
         grad_hidden_RI = groups.times(grad_RH, rounded(down_EHI, x_TH, serving))
-        grad_weight_R = (grad_hidden_RI * hidden_RI).sum(-1, dtype=weight_Tk.dtype)
-        hidden_RI.mul_(weight_R1)
+        given = grad_hidden_RI, gate_up_RJ, weight_R, serving.limit
+        hidden_RI, grad_weight_R, through = weighted_backward(*given)
+        del given, grad_hidden_RI
         hidden_RI = fake_fp8_activation(hidden_RI) if serving.rounds_inputs else hidden_RI
         grad_down_EHI = groups.outer(grad_RH, hidden_RI) if ctx.needs_input_grad[3] else None
         del grad_RH, hidden_RI  # the step's memory is at its peak here
-        grad_RJ, grad_hidden_RI = torch.empty_like(gate_up_RJ), grad_hidden_RI.mul_(weight_R1)
-        out = grad_RJ.chunk(2, dim=1)
-        swiglu_backward(grad_hidden_RI, gate_RI, up_RI, serving.limit, out=out)
-        del grad_hidden_RI
+        grad_RJ = through()
+        del through
         grad_gate_up_EJH = None
         if ctx.needs_input_grad[2]:
             grad_gate_up_EJH = groups.outer(grad_RJ, x_TH.index_select(0, token_R))
@@ -343,48 +337,8 @@ class Groups:
         return out_EAB
 
 
-def swiglu(gate: Tensor, up: Tensor, limit: float) -> Tensor:
-    """silu(min(gate, limit)) * clamp(up, -limit, limit)."""
-    return F.silu(gate.clamp(max=limit), inplace=True).mul_(up.clamp(-limit, limit))
-
-
-def swiglu_backward(
-    grad: Tensor, gate: Tensor, up: Tensor, limit: float, *, out: Sequence[Tensor]
-) -> None:
-    """The gradients at `gate` and `up` into `out`; nothing passes where a clamp cut."""
-    cut = gate.clamp(max=limit)
-    out[1].copy_(within(F.silu(cut).mul_(grad), up, -limit, limit))
-    through = torch.ops.aten.silu_backward(up.clamp(-limit, limit).mul_(grad), cut)
-    out[0].copy_(within(through, gate, -math.inf, limit))
-
-
-def within(grad: Tensor, x: Tensor, low: float, high: float) -> Tensor:
-    """`grad` where low <= x <= high, 0 elsewhere, in one pass: masks are ten times as slow on CPU.
-    The operator's own bounds are left out, so they move by the last bit."""
-    more = 1 + torch.finfo(torch.float32).eps
-    return torch.ops.aten.hardtanh_backward(grad, x, low * more, high * more)
-
-
-class SwiGLU(torch.autograd.Function):
-    """`swiglu` of the shared expert, whose projections stay modules that adapters can wrap."""
-
-    @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, limit: float) -> Tensor:
-        ctx.save_for_backward(gate, up)
-        ctx.limit = limit
-        return swiglu(gate, up, limit)
-
-    @staticmethod
-    @plain_backward
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        gate, up = ctx.saved_tensors
-        out = torch.empty_like(gate), torch.empty_like(up)
-        swiglu_backward(grads[0], gate, up, ctx.limit, out=out)
-        return *out, None
-
-
-def _column(weight_Tk: Tensor, order_R: Tensor) -> Tensor:
-    return weight_Tk.flatten().index_select(0, order_R).unsqueeze(1)
+def _by_row(weight_Tk: Tensor, order_R: Tensor) -> Tensor:
+    return weight_Tk.flatten().index_select(0, order_R)
 
 
 def _sum_by_token(rows_RH: Tensor, order_R: Tensor, shape: torch.Size) -> Tensor:

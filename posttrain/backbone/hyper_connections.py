@@ -24,7 +24,7 @@ from transformers.models.deepseek_v4 import modeling_deepseek_v4 as stock
 from transformers.utils.generic import maybe_autocast
 
 from posttrain.backbone.function import plain_backward
-from posttrain.backbone.host import ROWS, use_host_loops
+from posttrain.backbone.host import use_host_loops
 from posttrain.backbone.kernels import use_kernels
 
 KEPT = 4096
@@ -284,7 +284,7 @@ class V4HyperConnection(stock.DeepseekV4HyperConnection):
                 from posttrain.backbone.kernels import hyper  # imports triton
 
                 via = hyper.connect
-            elif use_host_loops(x_TNH, ROWS):
+            elif use_host_loops(x_TNH):
                 from posttrain.backbone.host import connect as host  # imports numba
 
                 via = host.connect
@@ -310,7 +310,7 @@ class V4HyperHead(stock.DeepseekV4HyperHead):
                 from posttrain.backbone.kernels import hyper  # imports triton
 
                 head = hyper.Head.apply
-            elif use_host_loops(x, ROWS):
+            elif use_host_loops(x):
                 from posttrain.backbone.host import connect as host  # imports numba
 
                 head = host.Head.apply

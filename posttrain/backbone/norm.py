@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.models.deepseek_v4 import modeling_deepseek_v4 as stock
 
 from posttrain.backbone.function import plain_backward
+from posttrain.backbone.host import use_host_loops
 
 
 class RMSNorm(torch.autograd.Function):
@@ -28,6 +29,8 @@ class RMSNorm(torch.autograd.Function):
     @plain_backward
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight_C, scale = ctx.saved_tensors
+        if is_in_loops(x, weight_C):
+            return *_backward_in_loops(grads[0], x, weight_C, scale), None
         wide, grad = x.to(scale.dtype), grads[0].to(scale.dtype)
         product, grad_weight_C = grad * wide, None
         if weight_C is None:
@@ -55,11 +58,45 @@ def rms_norm(x: Tensor, weight_C: Tensor | None, eps: float) -> Tensor:
 
 
 def normed(x: Tensor, weight_C: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    """The norm, and 1 / rms(x)."""
+    """The norm, and 1 / rms(x), (..., 1)."""
+    if is_in_loops(x, weight_C):
+        return _in_loops(x, weight_C, eps)
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     scale = inverse_rms(wide, eps)
     out = wide * scale
     return (out if weight_C is None else out.mul_(weight_C)).to(x.dtype), scale
+
+
+def is_in_loops(x: Tensor, weight_C: Tensor | None) -> bool:
+    return weight_C is not None and weight_C.dtype == x.dtype and use_host_loops(x)
+
+
+def _in_loops(x: Tensor, weight_C: Any, eps: float) -> tuple[Tensor, Tensor]:
+    from posttrain.backbone.host import rows  # imports numba
+    from posttrain.backbone.host.parts import in_parts
+
+    x = x.contiguous()
+    out, scale = torch.empty_like(x), x.new_empty(*x.shape[:-1], 1)
+    x_TC, out_TC, scale_T = x.view(-1, x.shape[-1]), out.view(-1, x.shape[-1]), scale.view(-1)
+    given = x_TC, weight_C.contiguous(), eps, out_TC, scale_T
+    in_parts(rows.norm, len(x_TC), 4 * x.shape[-1], *given)
+    return out, scale
+
+
+def _backward_in_loops(
+    grad: Tensor, x: Tensor, weight_C: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The gradients at x and at the weight, whose sums over blocks of tokens are added in order."""
+    from posttrain.backbone.host import rows  # imports numba
+    from posttrain.backbone.host.parts import in_parts, num_blocks
+
+    grad, x = grad.contiguous(), x.contiguous()
+    grad_x, size = torch.empty_like(x), x.shape[-1]
+    grad_TC, x_TC, grad_x_TC = (a.view(-1, size) for a in (grad, x, grad_x))
+    sum_AC = x.new_empty(num_blocks(len(x_TC)), size)
+    given = grad_TC, x_TC, weight_C.contiguous(), scale.view(-1), grad_x_TC, sum_AC
+    in_parts(rows.norm_backward, len(x_TC), 8 * size, *given)
+    return grad_x, sum_AC.sum(0)
 
 
 class V4RMSNorm(stock.DeepseekV4RMSNorm):

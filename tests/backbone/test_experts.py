@@ -16,14 +16,13 @@ from posttrain.backbone.experts import (
     Groups,
     RoutedExperts,
     Serving,
-    SwiGLU,
     V4SharedExpert,
     routed,
     run_experts,
     served,
-    swiglu_backward,
 )
 from posttrain.backbone.fp4 import fake_fp8_activation
+from posttrain.backbone.swiglu import SwiGLU, swiglu_backward
 
 LIMIT = 0.7
 SHAPES = [(1, 5, 3, 4, 1), (9, 6, 5, 3, 2), (33, 4, 7, 6, 3), (4, 3, 2, 9, 2)]

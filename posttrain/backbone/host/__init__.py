@@ -1,13 +1,13 @@
-"""One decode step on a CPU, and a training step's hyper-connections, in compiled loops: what stands
-between two matrix products is one pass over each token's numbers, where torch has dozens of calls
-that take longer than their sums.
+"""One decode step on a CPU, and of a training step what goes token by token, in compiled loops:
+what stands between two matrix products is one pass over each token's numbers, where torch has
+dozens of calls that take longer than their sums.
 
 numba compiles a loop when it is first called, for this machine, and keeps it on disk. Each file
 says which torch function its loops are held against (tests/backbone/host). A token's numbers are
 computed without a look at any other's, so its bits do not depend on the tokens beside it.
 
-All is float32; connect.py alone has gradients. Where `use_host_loops` says no, torch does it, in
-decode.py and in hyper_connections.py.
+All is float32; connect.py and rows.py alone have gradients. Where `use_host_loops` says no, torch
+does it, in decode.py and in who else asks.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ REORDERED = {"reassoc", "contract", "nsz", "arcp"}
 """A sum of one token's numbers may go in vectors; NaN and infinities stay what they are."""
 
 
-def use_host_loops(x: Tensor, num_tokens: int) -> bool:
-    """True if a step over `num_tokens` whose weights are like `x` is for these loops: float32 on a
-    CPU, with numba installed, at least a block of tokens; not while a compiler traces, which fuses
-    the torch path."""
+def use_host_loops(x: Tensor, num_tokens: int = ROWS) -> bool:
+    """True if work on `x`, or a decode step over `num_tokens` whose weights are like it, is for
+    these loops: float32 on a CPU, with numba installed, at least a block of tokens; not while a
+    compiler traces, which fuses the torch path."""
     if num_tokens < ROWS or torch.compiler.is_compiling():
         return False
     if x.dtype != torch.float32 or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):

@@ -20,9 +20,7 @@ from torch import Tensor
 
 from posttrain.backbone.function import plain_backward
 from posttrain.backbone.host import streams
-from posttrain.backbone.host.arrays import array
-from posttrain.backbone.host.hyper import BLOCK
-from posttrain.backbone.host.threads import even, spread
+from posttrain.backbone.host.parts import in_parts, num_blocks
 
 
 def connect(
@@ -128,14 +126,14 @@ class Write(torch.autograd.Function):
         grad_TNH = grads[0].contiguous()
         grad_y_TH, grad_post_TN = torch.empty_like(y_TH), torch.empty_like(post_TN)
         tensors = grad_TNH, y_TH, post_TN, grad_y_TH, grad_post_TN
-        in_parts(streams.write_backward, *tensors)
+        over_tokens(streams.write_backward, *tensors)
         return grad_TNH, grad_y_TH, grad_post_TN, None
 
 
 def written(x_TNH: Tensor, comb_TNN: Tensor, y_TH: Tensor, post_TN: Tensor) -> Tensor:
     """post[k] y + sum_j comb[j, k] x[j], (T, N, H)."""
     out_TNH = torch.empty_like(x_TNH)
-    in_parts(streams.write, x_TNH, y_TH.contiguous(), post_TN, comb_TNN, out_TNH)
+    over_tokens(streams.write, x_TNH, y_TH.contiguous(), post_TN, comb_TNN, out_TNH)
     return out_TNH
 
 
@@ -154,7 +152,7 @@ def read(
     raw_CT = fn_CX @ x_TNH.flatten(1).T
     scale_T, collapsed_TH = x_TNH.new_empty(len(x_TNH)), torch.empty_like(x_TNH[:, 0])
     weights = x_TNH, raw_CT, base_C, gain_C
-    in_parts(streams.read, *weights, *settings, scale_T, collapsed_TH, post_TN, comb_TNN)
+    over_tokens(streams.read, *weights, *settings, scale_T, collapsed_TH, post_TN, comb_TNN)
     ctx.save_for_backward(x_TNH, fn_CX, raw_CT, scale_T, base_C, gain_C)
     ctx.settings = settings
     return collapsed_TH
@@ -166,8 +164,8 @@ def read_backward(
     """The gradients of x, fn, base and gain."""
     x_TNH, fn_CX, raw_CT, scale_T, base_C, gain_C = ctx.saved_tensors
     grad_CT, grad_x_TNH = torch.empty_like(raw_CT), torch.empty_like(x_TNH)
-    sum_AZC = raw_CT.new_empty(-(-len(x_TNH) // BLOCK), 2, len(raw_CT))
-    in_parts(
+    sum_AZC = raw_CT.new_empty(num_blocks(len(x_TNH)), 2, len(raw_CT))
+    over_tokens(
         streams.read_backward,
         x_TNH,
         raw_CT,
@@ -188,9 +186,7 @@ def read_backward(
     return grad_x_TNH, grad_fn_CX, *sum_AZC.sum(0)
 
 
-def in_parts(loops: Any, x_TNH: Tensor, *others: Any) -> None:
-    """loops(first, end, x, ..), whole blocks of tokens to a thread."""
-    args = [array(x) if isinstance(x, Tensor) else x for x in (x_TNH, *others)]
+def over_tokens(loops: Any, x_TNH: Tensor, *others: Any) -> None:
+    """loops(first, end, x, ..), each stream with each."""
     tokens, num, size = x_TNH.shape
-    blocks = even(-(-tokens // BLOCK), BLOCK * num * num * size)
-    spread(lambda first, end: loops(first, end, *args), [min(b * BLOCK, tokens) for b in blocks])
+    in_parts(loops, tokens, num * num * size, x_TNH, *others)

@@ -128,7 +128,7 @@ def test_a_part_in_a_thread_of_its_own_gives_the_same_bits(
         cuts.append(blocks)
         return [*range(part, blocks, part), blocks]
 
-    monkeypatch.setattr(host, "even", parts)
+    monkeypatch.setattr("posttrain.backbone.host.parts.even", parts)
     found = run(connected, host, given, torch.float32)
     assert cuts == [5] * 4
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
@@ -169,13 +169,13 @@ def test_a_models_streams_go_through_the_loops_in_float32(
     is_float64: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, calls = small_model(), list[str]()
-    ids, real = torch.arange(3, 40)[None], host.in_parts
+    ids, real = torch.arange(3, 40)[None], host.over_tokens
 
     def counted(loops: Any, *args: Any) -> None:
         calls.append(loops.__name__)
         real(loops, *args)
 
-    monkeypatch.setattr(host, "in_parts", counted)
+    monkeypatch.setattr(host, "over_tokens", counted)
     model = model.double() if is_float64 else model
     model(ids, labels=ids).loss.backward()
     num = 2 * len(model.model.layers)
