@@ -21,7 +21,7 @@ from posttrain.backbone.host.sums import (
     sigmoid,
 )
 
-BLOCK = 128
+BLOCK = 64
 """Tokens whose Sinkhorn sweeps go side by side in vectors."""
 
 
@@ -92,19 +92,32 @@ def sinkhorn(comb_NNB: F32, iterations: int, eps: np.float32) -> None:
         for k in range(num):
             turned_NNB[k, j] = comb_NNB[j, k]
     for sweep in range(2 * iterations - 1):
-        for m in range(num):
-            if sweep % 2:
-                scale_B = left_NB[m]
-                add_products(comb_NNB[m], right_NB, total_B)
-            else:
-                scale_B = right_NB[m]
-                add_products(turned_NNB[m], left_NB, total_B)
-            for b in range(BLOCK):
-                scale_B[b] = scale_B[b] / (scale_B[b] * total_B[b] + eps)
+        if sweep % 2:
+            rescale(comb_NNB, right_NB, left_NB, eps)
+        else:
+            rescale(turned_NNB, left_NB, right_NB, eps)
     for j in range(num):
         for k in range(num):
             for b in range(BLOCK):
                 comb_NNB[j, k, b] *= left_NB[j, b] * right_NB[k, b]
+
+
+@loop
+def rescale(soft_NNB: F32, other_NB: F32, own_NB: F32, eps: np.float32) -> None:
+    """own[m] / (own[m] sum_n(soft[m, n] other[n]) + eps), in place: a sweep."""
+    total_B = np.empty(BLOCK, np.float32)
+    for m in range(len(own_NB)):
+        x_NB, own_B = soft_NNB[m], own_NB[m]
+        if len(x_NB) == 4:  # V4's: one pass
+            a_B, b_B, c_B, d_B = other_NB[0], other_NB[1], other_NB[2], other_NB[3]
+            e_B, f_B, g_B, h_B = x_NB[0], x_NB[1], x_NB[2], x_NB[3]
+            for b in range(BLOCK):
+                total = (a_B[b] * e_B[b] + b_B[b] * f_B[b]) + (c_B[b] * g_B[b] + d_B[b] * h_B[b])
+                own_B[b] = own_B[b] / (own_B[b] * total + eps)
+        else:
+            add_products(x_NB, other_NB, total_B)
+            for b in range(BLOCK):
+                own_B[b] = own_B[b] / (own_B[b] * total_B[b] + eps)
 
 
 @loop

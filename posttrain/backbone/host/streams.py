@@ -15,7 +15,7 @@ from __future__ import annotations
 import numpy as np
 
 from posttrain.backbone.host import loop
-from posttrain.backbone.host.hyper import BLOCK, add_products, collapse, sinkhorn
+from posttrain.backbone.host.hyper import BLOCK, add_products, collapse, rescale, sinkhorn
 from posttrain.backbone.host.sums import F32, add_weighted, exp, inverse_rms, product, sigmoid
 
 
@@ -270,8 +270,10 @@ def sinkhorn_backward(comb_NNB: F32, grad_NNB: F32, iterations: int, eps: np.flo
     right_INB = np.ones((iterations + 1, num, BLOCK), np.float32)
     for i in range(iterations):
         if i:
-            sweep(comb_NNB, right_INB[i], left_INB[i - 1], left_INB[i], eps)
-        sweep(turned_NNB, left_INB[i], right_INB[i], right_INB[i + 1], eps)
+            left_INB[i] = left_INB[i - 1]
+            rescale(comb_NNB, right_INB[i], left_INB[i], eps)
+        right_INB[i + 1] = right_INB[i]
+        rescale(turned_NNB, left_INB[i], right_INB[i + 1], eps)
     undo_sweeps(comb_NNB, turned_NNB, left_INB, right_INB, grad_NNB, eps)
     total_B = np.empty(BLOCK, np.float32)
     for j in range(num):
@@ -330,16 +332,6 @@ def softmax(logit_NNB: F32, out_NNB: F32) -> None:
         for k in range(num):
             for b in range(BLOCK):
                 out_NNB[j, k, b] /= total_B[b]
-
-
-@loop
-def sweep(soft_NNB: F32, other_NB: F32, old_NB: F32, new_NB: F32, eps: np.float32) -> None:
-    """new[n] = old[n] / (old[n] sum_m(soft[n, m] other[m]) + eps)."""
-    total_B = np.empty(BLOCK, np.float32)
-    for n in range(len(old_NB)):
-        add_products(soft_NNB[n], other_NB, total_B)
-        for b in range(BLOCK):
-            new_NB[n, b] = old_NB[n, b] / (old_NB[n, b] * total_B[b] + eps)
 
 
 @loop
