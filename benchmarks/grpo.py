@@ -1,6 +1,8 @@
 """GRPO beside TRL's own: `python benchmarks/grpo.py RUN --domain mathematics`.
 
-RUN is a finished run's folder, and the start its SFT checkpoint of the domain. Both train it with
+RUN is a finished run's folder, and the start its SFT checkpoint of the domain; the page keeps what
+it has of other domains. The quickstart's prompts and answers are short and of one length. For long
+ones, `posttrain run gsm8k --set domains.gsm8k.grpo.num_steps=5`. Both train it with
 the recipe's GRPO settings on the same prompts in the same order, the same grader, optimizer and
 loss; TRL by `GRPOTrainer` with its own generation on our class, posttrain as its GRPO stage does.
 Each in a process of its own, fp32, one thread; times are processor time, and a rollout's is that of
@@ -59,11 +61,15 @@ def main() -> None:
         found = measure(peer, config, start, Path(out), arguments.run, seed=int(seed))
         sys.stdout.write("\n" + json.dumps(found) + "\n")
         return
-    data: Json = {**machine("torch", "transformers", "trl"), "domain": arguments.domain, "rows": []}
+    numbers = arguments.page.with_suffix(".json")
+    older: Json = json.loads(numbers.read_text("utf-8")) if numbers.exists() else {"domains": {}}
+    found: Json = {"date": machine()["date"], "load": machine()["load"], "rows": []}
+    domains = {**older["domains"], arguments.domain: found}
+    data: Json = {**machine("torch", "transformers", "trl"), "domains": domains}
     for seed, peer in product(range(arguments.seeds), PEERS):
         sys.stderr.write(f"seed {seed}, {peer} ...\n")
         with tempfile.TemporaryDirectory() as out:
-            data["rows"].append(apart("--worker", peer, out, str(seed)))
+            found["rows"].append(apart("--worker", peer, out, str(seed)))
         write(arguments.page, data, page)
 
 
@@ -78,6 +84,7 @@ def measure(peer: str, config: GrpoStage, start: Path, out: Path, run: Path, *, 
     clock = Clock()
     with closing(Task(spec, tokenizer, folder=run, seed=0)) as task:
         visits = grpo.prompt_order([task], config.grpo, seed=seed)
+        asked = task.requests([row for _, row in visits])
         if peer == PEERS[0]:
             trainer: Any = ours(model, tokenizer, task, visits, config, job, clock)
         else:
@@ -97,6 +104,7 @@ def measure(peer: str, config: GrpoStage, start: Path, out: Path, run: Path, *, 
         "rows": config.grpo.rows_per_step,
         "step_s": fmean(seconds),
         "rollout_s": fmean(clock.sampling[1:]),
+        "prompt_tokens": fmean(len(request.prompt) for request in asked),
         "tokens": sum(clock.tokens),
         "tokens_per_s": sum(clock.tokens[1:]) / sum(clock.sampling[1:]),
         "peak_mib": peak,
@@ -219,43 +227,57 @@ def page(data: Json) -> str:
         "# GRPO beside TRL's own",
         "",
         f"Written by `benchmarks/grpo.py`; {place(data)}.",
-        f"The {data['domain']} specialist's GRPO, from its SFT checkpoint: same prompts, grader,",
-        "optimizer and loss. Seconds are processor time a step, the first left out; TRL is",
-        "`GRPOTrainer` with its own generation, on our class. Memory is the peak above what the",
-        "process held before the first step; the score is of held-out prompts, with its 95%",
-        "interval.",
-        "",
-        "| | seed | steps | own tokens | s a step | sampling | tokens/s | peak MiB | score |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "A specialist's GRPO, from its SFT checkpoint: same prompts, grader, optimizer and loss.",
+        "Seconds are processor time a step, the first left out; TRL is `GRPOTrainer` with its own",
+        "generation, on our class. Memory is the peak above what the process held before the first",
+        "step; the score is of held-out prompts, with its 95% interval.",
     ]
-    for row in data["rows"]:
+    for name, found in data["domains"].items():
+        lines += ["", *section(name, found)]
+    return "\n".join(lines) + "\n"
+
+
+def section(name: str, found: Json) -> list[str]:
+    """One domain's table."""
+    rows = found["rows"]
+    lines = [
+        f"## {name}",
+        "",
+        f"{found['date']}, load {found['load']} at the start.",
+        "",
+        "| | seed | steps | prompt tokens | own tokens | s a step | sampling | tokens/s | peak MiB "
+        "| score |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
         mean, low, high = row["score"]
         lines.append(
             f"| {row['peer']} | {row['seed']} | {row['steps']} x {row['rows']} rows | "
-            f"{row['tokens']:,} | {row['step_s']:.2f} | {row['rollout_s']:.2f} | "
-            f"{row['tokens_per_s']:,.0f} | "
+            f"{row['prompt_tokens']:.0f} | {row['tokens']:,} | {row['step_s']:.2f} | "
+            f"{row['rollout_s']:.2f} | {row['tokens_per_s']:,.0f} | "
             f"{row['peak_mib']:,.0f} | {mean:.3f} [{low:.3f}, {high:.3f}] |"
         )
-    ours, trl = ([row for row in data["rows"] if row["peer"] == peer] for peer in PEERS)
-    if trl:
-        rollout, step = (
-            fmean(row[key] for row in trl) / fmean(row[key] for row in ours)
-            for key in ("rollout_s", "step_s")
-        )
-        mean = [fmean(row["score"][0] for row in rows) for rows in (ours, trl)]
-        lines += [
-            "",
-            f"Over the seeds sampling is {rollout:.2f} times as fast as TRL's, the step {step:.2f}",
-            f"times, and the score {mean[0]:.3f} where TRL's is {mean[1]:.3f}.",
-            "",
-            "Mean reward, in parts of five steps:",
-            "",
-        ]
-        for row in data["rows"]:
-            parts = [row["rewards"][i : i + 5] for i in range(0, len(row["rewards"]), 5)]
-            means = ", ".join(f"{fmean(part):.2f}" for part in parts)
-            lines.append(f"- {row['peer']}, seed {row['seed']}: {means}")
-    return "\n".join(lines) + "\n"
+    ours, trl = ([row for row in rows if row["peer"] == peer] for peer in PEERS)
+    if not trl:
+        return lines
+    rollout, step = (
+        fmean(row[key] for row in trl) / fmean(row[key] for row in ours)
+        for key in ("rollout_s", "step_s")
+    )
+    mean = [fmean(row["score"][0] for row in of_peer) for of_peer in (ours, trl)]
+    lines += [
+        "",
+        f"Over the seeds sampling is {rollout:.2f} times as fast as TRL's, the step {step:.2f}",
+        f"times, and the score {mean[0]:.3f} where TRL's is {mean[1]:.3f}.",
+        "",
+        "Mean reward, in parts of five steps:",
+        "",
+    ]
+    for row in rows:
+        parts = [row["rewards"][i : i + 5] for i in range(0, len(row["rewards"]), 5)]
+        means = ", ".join(f"{fmean(part):.2f}" for part in parts)
+        lines.append(f"- {row['peer']}, seed {row['seed']}: {means}")
+    return lines
 
 
 if __name__ == "__main__":

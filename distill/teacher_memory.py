@@ -1,5 +1,7 @@
 """The teachers in memory: those used last, and the next one, which a thread reads meanwhile."""
 
+import ctypes
+import os
 from collections import OrderedDict
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -52,7 +54,18 @@ class Residents:
 
     def _make_room(self, count: int, num_bytes: float) -> None:
         """Let the least recently used go until `count` of `num_bytes` are left."""
+        before = len(self._kept)
         while self._kept and (
             len(self._kept) > count or sum(size for _, size in self._kept.values()) > num_bytes
         ):
             self._kept.popitem(last=False)
+        if len(self._kept) < before:
+            give_back()
+
+
+def give_back() -> None:
+    """What was let go goes back to the system: glibc keeps what one thread has allocated and
+    another frees, and the next teacher would lie beside it."""
+    trim: Any = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)

@@ -142,12 +142,30 @@ def write(x_TX: F32, y_TH: F32, post_TN: F32, comb_TNN: F32) -> None:
     old_NH = np.empty((num, size), np.float32)
     for t in range(len(x_TX)):
         new_NH, y_H = x_TX[t].reshape(num, size), y_TH[t]
+        if num == 4:
+            _write_four(new_NH[0], new_NH[1], new_NH[2], new_NH[3], y_H, post_TN[t], comb_TNN[t])
+            continue
         old_NH[:] = new_NH
         for k in range(num):
             new_H, post = new_NH[k], post_TN[t, k]
             for h in range(size):
                 new_H[h] = post * y_H[h]
         add_weighted(comb_TNN[t], old_NH, new_NH, 0)
+
+
+@loop
+def _write_four(p_H: F32, q_H: F32, r_H: F32, s_H: F32, y_H: F32, post_N: F32, c_NN: F32) -> None:
+    """`write` of a token with four streams, in one pass."""
+    c00, c01, c02, c03, post0 = c_NN[0, 0], c_NN[0, 1], c_NN[0, 2], c_NN[0, 3], post_N[0]
+    c10, c11, c12, c13, post1 = c_NN[1, 0], c_NN[1, 1], c_NN[1, 2], c_NN[1, 3], post_N[1]
+    c20, c21, c22, c23, post2 = c_NN[2, 0], c_NN[2, 1], c_NN[2, 2], c_NN[2, 3], post_N[2]
+    c30, c31, c32, c33, post3 = c_NN[3, 0], c_NN[3, 1], c_NN[3, 2], c_NN[3, 3], post_N[3]
+    for h in range(y_H.size):
+        p, q, r, s, y = p_H[h], q_H[h], r_H[h], s_H[h], y_H[h]
+        p_H[h] = post0 * y + (c00 * p + c01 * q) + (c02 * r + c03 * s)
+        q_H[h] = post1 * y + (c10 * p + c11 * q) + (c12 * r + c13 * s)
+        r_H[h] = post2 * y + (c20 * p + c21 * q) + (c22 * r + c23 * s)
+        s_H[h] = post3 * y + (c30 * p + c31 * q) + (c32 * r + c33 * s)
 
 
 @loop

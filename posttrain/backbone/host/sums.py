@@ -99,17 +99,43 @@ def product(x_TX: F32, weight_NK: F32, out_TY: F32, first: int, to: int) -> None
 
 @loop
 def add_weighted(weight_hX: F32, x_Kd: F32, out_hd: F32, first: int) -> None:
-    """out[h] += sum_k weight[h, first + k] x[k], four of k at a time, so that out is written once
-    for them."""
+    """out[h] += sum_k weight[h, first + k] x[k]: of four rows of out two k at a time, of what is
+    left of them four, so that out is seldom read and written."""
+    num, size, heads = len(x_Kd), x_Kd.shape[1], len(out_hd)
+    fours = heads - heads % 4
+    for h in range(0, fours, 4):
+        p_d, q_d, r_d, s_d = out_hd[h], out_hd[h + 1], out_hd[h + 2], out_hd[h + 3]
+        for k in range(first, first + num - 1, 2):
+            p, p1 = weight_hX[h, k], weight_hX[h, k + 1]
+            q, q1 = weight_hX[h + 1, k], weight_hX[h + 1, k + 1]
+            r, r1 = weight_hX[h + 2, k], weight_hX[h + 2, k + 1]
+            s, s1 = weight_hX[h + 3, k], weight_hX[h + 3, k + 1]
+            x_d, y_d = x_Kd[k - first], x_Kd[k - first + 1]
+            for i in range(size):
+                x, y = x_d[i], y_d[i]
+                p_d[i] += p * x + p1 * y
+                q_d[i] += q * x + q1 * y
+                r_d[i] += r * x + r1 * y
+                s_d[i] += s * x + s1 * y
+        if num % 2:
+            _add_rows(weight_hX, x_Kd, out_hd, h, h + 4, first, num - 1)
+    _add_rows(weight_hX, x_Kd, out_hd, fours, heads, first, 0)
+
+
+@loop
+def _add_rows(
+    weight_hX: F32, x_Kd: F32, out_hd: F32, begin: int, end: int, first: int, k_begin: int
+) -> None:
+    """`add_weighted` of the rows of out from `begin` to `end`, of the x from `k_begin` on."""
     num, size = x_Kd.shape
-    for h in range(len(out_hd)):
+    for h in range(begin, end):
         out_d, weight_K = out_hd[h], weight_hX[h, first : first + num]
-        for k in range(0, num - 3, 4):
+        for k in range(k_begin, num - 3, 4):
             a, b, c, d = weight_K[k], weight_K[k + 1], weight_K[k + 2], weight_K[k + 3]
             for i in range(size):
                 two = a * x_Kd[k, i] + b * x_Kd[k + 1, i]
                 out_d[i] += two + (c * x_Kd[k + 2, i] + d * x_Kd[k + 3, i])
-        for k in range(num - num % 4, num):
+        for k in range(num - (num - k_begin) % 4, num):
             a = weight_K[k]
             for i in range(size):
                 out_d[i] += a * x_Kd[k, i]
