@@ -116,8 +116,9 @@ NO_STORE = Store(NONE_F3, NONE_F3, NONE_F3)
 
 
 def array(x: Tensor) -> Any:
-    """The memory of `x` as a numpy array."""
-    return x.detach().numpy()
+    """The memory of `x` as a numpy array. By DLPack: `numpy()` would keep FSDP from letting go of
+    memory that it has seen."""
+    return np.from_dlpack(x.detach())
 
 
 def connection(module: Any, norm: Any) -> Connection:

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from posttrain.backbone.attention import GroupedLinear
 from posttrain.backbone.decode_norm import is_bare
@@ -109,9 +110,13 @@ def is_plain(model: Any) -> bool:
     if config.fake_quantization or config.scoring_func != "sqrtsoftplus":
         return False
     tensors = chain(model.layers.parameters(), model.hc_head.parameters())
-    if not all(x.dtype == torch.float32 and x.is_contiguous() for x in tensors):
+    if not all(_is_plain_tensor(x) for x in tensors):
         return False
     return all(_is_plain(layer) for layer in model.layers)
+
+
+def _is_plain_tensor(x: Tensor) -> bool:
+    return x.dtype == torch.float32 and x.is_contiguous() and not isinstance(x, DTensor)
 
 
 def _is_plain(layer: Any) -> bool:
