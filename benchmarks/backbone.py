@@ -286,9 +286,10 @@ def page(data: Json) -> str:
         "# The backbone against stock transformers",
         "",
         f"{place(data)}, fp32, same weights. Written by `benchmarks/backbone.py`, which says how; "
-        "ratios are of processor time; the load is the machine's when the row began. The last two "
-        "columns: ours with all of serving's rounding (fake_quant.py), and its memory over that "
-        "without.",
+        "ratios are of processor time; the load is the machine's when the row began. A decode step "
+        "is eager where torch compiles nothing (numba does, host/), compiled by compiled.py. The "
+        "last two columns: ours with all of serving's rounding (fake_quant.py), and its memory "
+        "over that without.",
         "",
         "| step | day | load | stock s | ours s | ratio | target | ours wall s | stock MiB "
         "| ours MiB | ratio | rounded MiB | ratio |",

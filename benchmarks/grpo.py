@@ -62,9 +62,9 @@ def main() -> None:
         sys.stdout.write("\n" + json.dumps(found) + "\n")
         return
     numbers = arguments.page.with_suffix(".json")
-    older: Json = json.loads(numbers.read_text("utf-8")) if numbers.exists() else {"domains": {}}
+    older: Json = json.loads(numbers.read_text("utf-8")) if numbers.exists() else {}
     found: Json = {"date": machine()["date"], "load": machine()["load"], "rows": []}
-    domains = {**older["domains"], arguments.domain: found}
+    domains = {**older.get("domains", {}), arguments.domain: found}
     data: Json = {**machine("torch", "transformers", "trl"), "domains": domains}
     for seed, peer in product(range(arguments.seeds), PEERS):
         sys.stderr.write(f"seed {seed}, {peer} ...\n")

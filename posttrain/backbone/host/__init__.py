@@ -37,7 +37,7 @@ BUILDING = "POSTTRAIN_BUILDS_LOOPS"
 """Set in the process that compiles."""
 
 ROWS = 16
-"""Tokens that a step has at least: a single one is sooner read from a long cache by torch."""
+"""Tokens that a decode step has at least, a sampler's block; fewer go by torch."""
 
 REORDERED = {"reassoc", "contract", "nsz", "arcp"}
 """A sum of one token's numbers may go in vectors; NaN and infinities stay what they are."""

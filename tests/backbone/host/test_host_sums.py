@@ -6,6 +6,7 @@ from typing import Any
 import numba
 import numpy as np
 import pytest
+import torch
 
 from posttrain.backbone import host
 from posttrain.backbone.host import kept_in, loop, sums
@@ -124,6 +125,25 @@ def test_loops_are_kept_by_the_text_of_all_of_them_and_go_without_where_nothing_
         assert config.CACHE_DIR == ""
     finally:
         kept_in.cache_clear()
+
+
+def test_where_the_loops_cannot_be_compiled_torch_does_it_and_what_is_built_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delenv("NUMBA_CACHE_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(host.sys, "executable", "false")
+    try:
+        kept_in.cache_clear()
+        host.is_built.cache_clear()
+        assert not host.use_host_loops(torch.zeros(1))
+        assert "torch stands in" in caplog.text
+        (Path(kept_in()) / "done").touch()
+        host.is_built.cache_clear()
+        assert host.use_host_loops(torch.zeros(1))
+    finally:
+        kept_in.cache_clear()
+        host.is_built.cache_clear()
 
 
 def thrice(x: int) -> int:
