@@ -7,22 +7,22 @@ and log-probabilities depend on (seed, prompt id, sample), its prompt and the we
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from threading import RLock
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from posttrain.backbone import V4ForCausalLM
-from posttrain.backbone.decode_keys import whole
+from posttrain.rollout.ahead import STEPS, can_go, go_ahead
 from posttrain.rollout.batch import Batch
+from posttrain.rollout.draws import Draws
 from posttrain.rollout.generic import GenericSlots
 from posttrain.rollout.journal import Journal, fingerprint
 from posttrain.rollout.row import Row, Token
-from posttrain.rollout.sampling import Draw, sample, uniform
+from posttrain.rollout.sampling import Draw
 from posttrain.rollout.slots import COLUMNS, V4Slots
 from posttrain.rollout.types import Request, Rollout, Said
 
@@ -109,12 +109,41 @@ class Engine:
             assert batch is not None, "step() is a part of run()"
             ended = batch.admit()
             live, reading = batch.due(COLUMNS, READERS)
-            logits, routes = self._feed(live, reading)
-            rows, logits = batch.fed(live, reading, logits, routes)
-            if logits is not None and rows:
-                self._take(rows, self._draw(rows, logits))
+            steps = self._steps(live)
+            if steps is not None:
+                rows = self._go_ahead(steps, [batch.rows[slot] for slot in sorted(live)])
+            else:
+                logits, routes = self._feed(live, reading)
+                rows, logits = batch.fed(live, reading, logits, routes)
+                if logits is not None and rows:
+                    self._take(rows, Draws(rows).draw(logits))
             self._hear(batch.answered(waits=not (rows or reading or ended)))
             return ended + batch.ended()
+
+    def _steps(self, live: Mapping[int, int]) -> Any:
+        """Several at one go, where every row that is not asking is fed a token and they come to the
+        same as one by one; else None."""
+        rows = [row for row in self._rows() if not row.is_turn_over]
+        if self._on_token is not None or not rows or len(live) < len(rows):
+            return None
+        return self._slots.ahead(sorted(live), STEPS) if all(map(can_go, rows)) else None
+
+    def _go_ahead(self, steps: Any, rows: list[Row]) -> list[Row]:
+        """Let the rows, in the order of their slots, have what `steps` come to."""
+        journal = self.journal
+
+        def write(places: Sequence[int], tokens: Sequence[int], logp: Sequence[float]) -> None:
+            assert journal is not None
+            taken = [Token(token, p, self.version) for token, p in zip(tokens, logp, strict=True)]
+            journal.tokens(list(zip([rows[place] for place in places], taken, strict=True)))
+
+        taken = go_ahead(steps, rows, None if journal is None else write)
+        for row, (tokens, logp, routes) in zip(rows, taken, strict=True):
+            row.routes += routes if row.request.wants_routes else ()
+            row.take_all(tokens, logp, self.version)
+            if row.is_turn_over:
+                self._ask(row)
+        return rows
 
     def update(
         self, version: int, apply: Callable[[], object] | None = None, *, rereads: bool = False
@@ -158,29 +187,6 @@ class Engine:
         wants_routes = any(row.request.wants_routes for row in self._rows())
         parts = [(row.slot, row.unread[:count]) for row, count in reading]
         return self._slots.step(live, parts, wants_routes=wants_routes)
-
-    def _draw(self, rows: list[Row], logits_NV: Tensor) -> Draw:
-        """Each row's next token. As all that is computed by row, in whole blocks of rows."""
-        missing = whole(len(rows)) - len(rows)
-        filled = rows + rows[-1:] * missing
-        if missing:
-            logits_NV = torch.cat([logits_NV, logits_NV[-1:].expand(missing, -1)])
-        requests, device = [row.request for row in filled], logits_NV.device
-        keys = np.array([row.key for row in filled], np.uint64)
-        places = np.array([len(row.response) for row in filled], np.uint64)
-
-        def column(values: list[float], usual: float, dtype: torch.dtype) -> Tensor | None:
-            if all(value == usual for value in values):
-                return None
-            return torch.tensor(values, dtype=dtype, device=device)
-
-        return sample(
-            logits_NV,
-            torch.from_numpy(uniform(keys, places)).to(device),
-            temperature_B=column([r.temperature for r in requests], 1, torch.float64),
-            top_p_B=column([r.top_p for r in requests], 1, torch.float64),
-            top_k_B=column([r.top_k for r in requests], 0, torch.long),
-        )
 
     def _take(self, rows: list[Row], draw: Draw) -> None:
         """Write the rows' tokens down, then hand them out."""

@@ -133,6 +133,9 @@ class GenericSlots:
         last_D = torch.tensor([len(ids) - 1 for _, ids in parts], device=device)
         return logits_DnV[torch.arange(len(parts), device=device), last_D]
 
+    def ahead(self, slots: Sequence[int], num_steps: int) -> None:
+        """Not of these models: step by step."""
+
     def release(self, slots: Sequence[int]) -> None:
         """Empty these slots: what is past a row's end is never seen."""
         for slot in slots:

@@ -78,14 +78,19 @@ class Row:
         return [t for t, mine in zip(self.response, self.is_own, strict=True) if mine]
 
     def take(self, token: Token) -> None:
-        """The row's next token, sampled; it is to be fed, unless the row ends with it."""
-        self._append(token.token, token.logp, token.version, is_own=True)
+        """The row's next token, sampled."""
         if self.request.wants_support:
             self.kept_logp.append(token.kept_logp)
             self.support.append(list(token.support))
-        self.unread = [token.token]
+        self.take_all([token.token], [token.logp], token.version)
+
+    def take_all(self, tokens: list[int], logp: list[float], version: int) -> None:
+        """Its next ones, none but the last of which may end a turn; that is to be fed, unless the
+        row ends with it."""
+        self._extend(tokens, logp, version, is_own=True)
+        self.unread = tokens[-1:]
         self.stop_string = self.stops.completed(self.response, self.turn)
-        self.is_turn_over = bool(self.stop_string) or token.token in self.request.stop_token_ids
+        self.is_turn_over = bool(self.stop_string) or tokens[-1] in self.request.stop_token_ids
         if self.is_turn_over and self.request.continue_turn is None:
             self.finish_reason = "stop"
         elif len(self.response) >= self.request.max_new_tokens and not self.is_turn_over:
@@ -100,19 +105,18 @@ class Row:
         if said is None or len(self.response) + len(said) >= self.request.max_new_tokens:
             self.finish_reason, self.unread = "stop" if said is None else "length", []
             return
-        for token in said:
-            self._append(token, 0.0, version, is_own=False)
+        self._extend(said, [0.0] * len(said), version, is_own=False)
         if self.request.wants_support:
             self.kept_logp += [0.0] * len(said)
             self.support += [[] for _ in said]
         self.unread += said
         self.turn, self.stop_string = len(self.response), ""
 
-    def _append(self, token: int, logp: float, version: int, *, is_own: bool) -> None:
-        self.response.append(token)
-        self.is_own.append(is_own)
-        self.logp.append(logp)
-        self.versions.append(version)
+    def _extend(self, tokens: list[int], logp: list[float], version: int, *, is_own: bool) -> None:
+        self.response += tokens
+        self.is_own += [is_own] * len(tokens)
+        self.logp += logp
+        self.versions += [version] * len(tokens)
 
     def rollout(self) -> Rollout:
         request, routes = self.request, None

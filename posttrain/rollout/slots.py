@@ -11,9 +11,11 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from posttrain.backbone import V4Cache
+from posttrain.backbone.ahead import Ahead, ahead
 from posttrain.backbone.chunks import Chunk, room_for, step
 from posttrain.backbone.decode_keys import whole
 from posttrain.backbone.routing import RouteTape
@@ -81,6 +83,14 @@ class V4Slots:
         logits = self._model.lm_head(hidden_TH.index_select(0, place_N))
         return logits, _routes(tape, [1] * len(slots) + [len(ids) for _, ids in reading])
 
+    def ahead(self, slots: Sequence[int], num_steps: int) -> SlotsAhead | None:
+        """These slots' next tokens, `num_steps` at most; None: there are no loops for it."""
+        reach = max(self._held[slot] for slot in slots) + num_steps
+        if reach > self._cache.capacity:
+            self._cache.reserve(room_for(self._model.config, reach))
+        steps = ahead(self._model.model, self._cache, slots, num_steps)
+        return steps and SlotsAhead(self._model, steps, slots, self._held)
+
     def _chunk(self, reading: Sequence[tuple[int, Sequence[int]]]) -> Chunk:
         rows = len(reading)
         ids_DC = np.zeros((rows, COLUMNS), np.int64)
@@ -125,6 +135,27 @@ class V4Slots:
     def _new_cache(self, num_slots: int) -> V4Cache:
         like = self._model.lm_head.weight
         return V4Cache(self._model.config, num_slots, like=like, num_spare=self._num_spare)
+
+
+class SlotsAhead:
+    """Step after step of some slots; `close` before the slots are used for anything else."""
+
+    def __init__(self, model: Any, steps: Ahead, slots: Sequence[int], held: list[int]) -> None:
+        self._model, self._steps, self._held = model, steps, held
+        self._slots = list(slots)
+        self.keep = steps.keep
+
+    def step(self, token_n: Tensor, *, wants_routes: bool = False) -> tuple[Tensor, list[Any]]:
+        """As `V4Slots.step`, of a token for each slot that goes on."""
+        tape = RouteTape(len(self._model.model.layers)) if wants_routes else None
+        hidden_nH = self._steps.step(token_n, tape)
+        missing = whole(len(token_n)) - len(token_n)
+        logits = self._model.lm_head(F.pad(hidden_nH, (0, 0, 0, missing)))
+        return logits, _routes(tape, [1] * len(token_n))
+
+    def close(self) -> None:
+        for slot, fed in zip(self._slots, self._steps.close(), strict=True):
+            self._held[slot] += fed
 
 
 def _routes(tape: RouteTape | None, counts: Sequence[int]) -> list[Any]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from posttrain.backbone.cache import V4Cache
 from posttrain.backbone.decode import DecodeContext
 from posttrain.backbone.host import arrays, loop
 from posttrain.backbone.host.arrays import (
@@ -33,21 +35,50 @@ from posttrain.backbone.routing import Routes, RouteTape, told
 
 def run_step(model: Any, weights: Weights, token_id_T: Tensor, context: DecodeContext) -> Tensor:
     """Hidden states (T, H), normalised, of a V4Model's step."""
+    for stores in context.cache.stores:
+        for store in stores.values():
+            context.num_entries(store)  # makes room for the step's entries
+    return run_layers(
+        model,
+        weights,
+        token_id_T,
+        _tokens(context),
+        {name: arrays.turns(rotation) for name, rotation in context.rotation_B.items()},
+        past_of(context.cache),
+        scaling=context.scaling,
+        ends=_ends(context, weights.size),
+        tape=context.tape,
+    )
+
+
+def run_layers(
+    model: Any,
+    weights: Weights,
+    token_id_T: Tensor,
+    tokens: Tokens,
+    turns: dict[str, F32],
+    past: Sequence[tuple[F32, Store, Store]],
+    *,
+    scaling: float,
+    ends: Sequence[int],
+    tape: RouteTape | None,
+) -> Tensor:
+    """Hidden states (T, H), normalised, of tokens at the places that `turns` are of; `past` has
+    room for their entries. Each of `ends` is where a thread's part of the tokens does."""
     embeds_TH = model.embed_tokens(token_id_T)
-    x_TX = array(embeds_TH.repeat(1, model.config.hc_mult))
+    x_TX = np.tile(array(embeds_TH), model.config.hc_mult)
     out_TH = torch.empty_like(embeds_TH)
-    tokens, out = _tokens(context), array(out_TH)
-    turns = {name: arrays.turns(rotation) for name, rotation in context.rotation_B.items()}
+    out = array(out_TH)
     steps: list[tuple[Any, ...]] = []
-    for layer, own in zip(model.layers, weights.layers, strict=True):
+    for layer, own, held in zip(model.layers, weights.layers, past, strict=True):
         steps.append(
             (
                 turns[layer.self_attn.rope_layer_type],
                 *own,
-                *_past(layer, context),
+                *held,
                 weights.inv_freq_r,
-                context.scaling,
-                *_choices(layer.mlp, token_id_T, context.tape),
+                scaling,
+                *_choices(layer.mlp, token_id_T, tape),
             )
         )
 
@@ -56,10 +87,10 @@ def run_step(model: Any, weights: Weights, token_id_T: Tensor, context: DecodeCo
             _layer(first, end, x_TX, tokens, *step)
         read_last(x_TX[first:end], weights.head, out[first:end])
 
-    spread(work, _ends(context, weights.size))
-    if context.tape:
+    spread(work, ends)
+    if tape:
         for layer, step in zip(model.layers, steps, strict=True):
-            _record(context.tape, layer.mlp, step[-1])
+            _record(tape, layer.mlp, step[-1])
     return out_TH
 
 
@@ -77,15 +108,14 @@ def _ends(context: DecodeContext, row_size: int) -> list[int]:
     return sorted(set(ends))
 
 
-def _past(layer: Any, context: DecodeContext) -> tuple[F32, Store, Store]:
-    """What the layer's cache holds, with room for the step's entries: the window ring, the
-    compressor's entries, the indexer's."""
-    cache, index = context.cache, layer.layer_idx
-    for store in cache.stores[index].values():
-        context.num_entries(store)
-    stores = {name: arrays.store(store) for name, store in cache.stores[index].items()}
-    ring_BRd = array(cache.window_BWd[index])
-    return ring_BRd, stores.get("compressor", NO_STORE), stores.get("indexer", NO_STORE)
+def past_of(cache: V4Cache) -> list[tuple[F32, Store, Store]]:
+    """What each layer's cache holds: the window ring, the compressor's entries, the indexer's."""
+    found: list[tuple[F32, Store, Store]] = []
+    for ring_BRd, own in zip(cache.window_BWd, cache.stores, strict=True):
+        stores = {name: arrays.store(store) for name, store in own.items()}
+        entries, keys = (stores.get(name, NO_STORE) for name in ("compressor", "indexer"))
+        found.append((array(ring_BRd), entries, keys))
+    return found
 
 
 def _choices(block: Any, token_id_T: Tensor, tape: RouteTape | None) -> tuple[I64, Choices]:

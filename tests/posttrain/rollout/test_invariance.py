@@ -131,6 +131,9 @@ def test_a_step_is_no_wider_than_its_rows_when_no_more_are_waiting(model: Any) -
             seen.append((len(live), max(live, default=-1)))
             return super().step(live, reading, **options)
 
+        def ahead(self, slots: Any, num_steps: int) -> None:
+            """Where there are no loops, all goes step by step."""
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("posttrain.rollout.engine.V4Slots", Watching)
         found = run(model, asked, 64)

@@ -117,6 +117,7 @@ def test_finished_requests_are_not_sampled_and_tools_not_asked_again(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(V4Slots, "step", refuse)
+        patch.setattr(V4Slots, "ahead", refuse)
         assert run(model, asked, 3, journal=journal) == first
     assert len(asked_tools) == turns
 

@@ -107,7 +107,7 @@ def test_workers_that_were_lost_half_way_are_followed_by_some_that_sample_the_re
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    copied, asked = copy_weights(make_model(1)), requests(19)
+    copied, asked = copy_weights(make_model(1)), requests(45)
     wanted = by_prompt(Engine(make_model(1), num_slots=3, seed=0).run(asked))
     path, counts, num_sampled = tmp_path / "7.journal", list[int](), list[int]()
     write = Journal.tokens
