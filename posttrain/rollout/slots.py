@@ -1,12 +1,14 @@
 """The slots of a V4 model: what the engine asks of a model, on the slot cache.
 
-A step reaches from the first slot to the highest that decodes, filled up to whole blocks of 16, and
-so are the rows of the head: then no row's bits depend on the others (posttrain/backbone/chunks.py).
+In compiled loops a step is of the tokens alone (posttrain/backbone/feed.py). In torch it reaches
+from the first slot to the highest that decodes, and is filled up to whole blocks of 16, as are the
+rows of the head in both: then no row's bits depend on the others (posttrain/backbone/chunks.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -15,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from posttrain.backbone import V4Cache
-from posttrain.backbone.ahead import Ahead, ahead
 from posttrain.backbone.chunks import Chunk, room_for, step
 from posttrain.backbone.decode_keys import whole
+from posttrain.backbone.feed import Ahead, feed, weights_for_loops
 from posttrain.backbone.routing import RouteTape
 
 COLUMNS = 16
@@ -49,47 +51,80 @@ class V4Slots:
         ascending; rows are filled up to whole blocks. And where wanted, each one's experts as numpy
         (tokens, layers, experts a token).
         """
-        device, slots = self._model.device, sorted(live)
-        token_B = is_live_B = chunk = None
+        fed = [(slot, [live[slot]]) for slot in sorted(live)] + list(reading)
+        lengths = [len(ids) for _, ids in fed]
+        tape = RouteTape(len(self._model.model.layers)) if wants_routes else None
+        weights = weights_for_loops(self._model.model)
+        if weights is not None:
+            hidden_TH, places = self._in_loops(weights, fed, tape), np.cumsum(lengths) - 1
+        else:
+            hidden_TH = self._in_torch(live, reading, tape)
+            first = len(hidden_TH) - COLUMNS * len(reading)
+            ends = [first + row * COLUMNS + len(ids) - 1 for row, (_, ids) in enumerate(reading)]
+            places = [*sorted(live), *ends]
+        for slot, ids in fed:
+            self._held[slot] += len(ids)
+        place_N = torch.from_numpy(np.resize(places, whole(len(places))))
+        logits = self._model.lm_head(hidden_TH[place_N.to(hidden_TH.device)])
+        return logits, _routes(tape, lengths)
+
+    def _in_loops(
+        self, weights: Any, fed: Sequence[tuple[int, Sequence[int]]], tape: RouteTape | None
+    ) -> Tensor:
+        """Hidden states (T, H) of the tokens alone."""
+        self._reserve(max(self._held[slot] + len(ids) for slot, ids in fed))
+        rows = [range(self._held[slot], self._held[slot] + len(ids)) for slot, ids in fed]
+        return feed(
+            self._model.model,
+            weights,
+            self._cache,
+            np.fromiter(chain.from_iterable(ids for _, ids in fed), np.int64),
+            np.repeat([slot for slot, _ in fed], [len(ids) for _, ids in fed]),
+            np.fromiter(chain.from_iterable(rows), np.int64),
+            tape,
+        )
+
+    def _in_torch(
+        self,
+        live: Mapping[int, int],
+        reading: Sequence[tuple[int, Sequence[int]]],
+        tape: RouteTape | None,
+    ) -> Tensor:
+        """Hidden states (T, H) of a token in every slot up to the highest that is live, then of
+        `COLUMNS` places for each row that reads."""
+        slots, token_B, is_live_B = sorted(live), None, None
         if slots:
             fed_2B = np.zeros((2, whole(slots[-1] + 1)), np.int64)  # numpy takes lists faster
             fed_2B[0, slots], fed_2B[1, slots] = [live[slot] for slot in slots], 1
-            token_B, is_live_B = torch.from_numpy(fed_2B).to(device)
-        if reading:
-            chunk = self._chunk(reading)
-        tape = RouteTape(len(self._model.model.layers)) if wants_routes else None
+            token_B, is_live_B = torch.from_numpy(fed_2B).to(self._model.device)
         reach = max(
             [self._held[slot] + 1 for slot in slots]
             + [self._held[slot] + COLUMNS for slot, _ in reading]
         )
-        hidden_TH = step(
+        self._reserve(reach)
+        return step(
             self._model.model,
             self._cache,
             token_B=token_B,
             is_live_B=is_live_B,
-            chunk=chunk,
-            reach=room_for(self._model.config, reach) if reach > self._cache.capacity else reach,
+            chunk=self._chunk(reading) if reading else None,
+            reach=reach,
             tape=tape,
         )
-        for slot in slots:
-            self._held[slot] += 1
-        for slot, ids in reading:
-            self._held[slot] += len(ids)
-        first = 0 if token_B is None else len(token_B)
-        ends = [first + row * COLUMNS + len(ids) - 1 for row, (_, ids) in enumerate(reading)]
-        places = [*slots, *ends]
-        places += places[:1] * (whole(len(places)) - len(places))
-        place_N = torch.from_numpy(np.array(places)).to(device)
-        logits = self._model.lm_head(hidden_TH.index_select(0, place_N))
-        return logits, _routes(tape, [1] * len(slots) + [len(ids) for _, ids in reading])
+
+    def _reserve(self, num_tokens: int) -> None:
+        """Room for rows of so many tokens, in whole blocks of entries."""
+        if num_tokens > self._cache.capacity:
+            self._cache.reserve(room_for(self._model.config, num_tokens))
 
     def ahead(self, slots: Sequence[int], num_steps: int) -> SlotsAhead | None:
         """These slots' next tokens, `num_steps` at most; None: there are no loops for it."""
-        reach = max(self._held[slot] for slot in slots) + num_steps
-        if reach > self._cache.capacity:
-            self._cache.reserve(room_for(self._model.config, reach))
-        steps = ahead(self._model.model, self._cache, slots, num_steps)
-        return steps and SlotsAhead(self._model, steps, slots, self._held)
+        model, weights = self._model.model, weights_for_loops(self._model.model)
+        if weights is None:
+            return None
+        self._reserve(max(self._held[slot] for slot in slots) + num_steps)
+        steps = Ahead(model, weights, self._cache, slots, num_steps)
+        return SlotsAhead(self._model, steps, slots, self._held)
 
     def _chunk(self, reading: Sequence[tuple[int, Sequence[int]]]) -> Chunk:
         rows = len(reading)
@@ -149,8 +184,9 @@ class SlotsAhead:
         """As `V4Slots.step`, of a token for each slot that goes on."""
         tape = RouteTape(len(self._model.model.layers)) if wants_routes else None
         hidden_nH = self._steps.step(token_n, tape)
-        missing = whole(len(token_n)) - len(token_n)
-        logits = self._model.lm_head(F.pad(hidden_nH, (0, 0, 0, missing)))
+        if missing := whole(len(token_n)) - len(token_n):
+            hidden_nH = F.pad(hidden_nH, (0, 0, 0, missing))
+        logits = self._model.lm_head(hidden_nH)
         return logits, _routes(tape, [1] * len(token_n))
 
     def close(self) -> None:
