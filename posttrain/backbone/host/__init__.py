@@ -19,28 +19,21 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 log = logging.getLogger(__name__)
 
-F = TypeVar("F", bound=Callable[..., Any])
-
 BUILDING = "POSTTRAIN_BUILDS_LOOPS"
 """Set in the process that compiles."""
 
 ROWS = 16
 """Tokens that a decode step has at least, a sampler's block; fewer go by torch."""
-
-REORDERED = {"reassoc", "contract", "nsz", "arcp"}
-"""A sum of one token's numbers may go in vectors; NaN and infinities stay what they are."""
 
 
 def use_host_loops(x: Tensor, num_tokens: int = ROWS) -> bool:
@@ -56,31 +49,7 @@ def use_host_loops(x: Tensor, num_tokens: int = ROWS) -> bool:
 
 @cache
 def has_numba() -> bool:
-    return find_spec("numba") is not None
-
-
-def loop(function: F) -> F:
-    """`function`, compiled at its first call; without numba as it is. Put into the loops that call
-    it: else a process would take whichever of its compiled copies it has met first, and these may
-    round otherwise."""
-    if not has_numba():
-        return function
-    numba: Any = import_module("numba")
-    options = {"nogil": True, "fastmath": REORDERED, "error_model": "numpy", "forceinline": True}
-    config: Any = numba.config
-    usual, config.CACHE_DIR = config.CACHE_DIR, kept_in()
-    try:
-        return numba.njit(cache=bool(config.CACHE_DIR), **options)(function)
-    finally:
-        config.CACHE_DIR = usual
-
-
-def within(function: F) -> F:
-    """`function`, to be put into the loops that call it, whose vectors it then goes in."""
-    if not has_numba():
-        return function
-    numba: Any = import_module("numba")
-    return numba.njit(inline="always")(function)
+    return find_spec("numba") is not None and os.environ.get("NUMBA_DISABLE_JIT", "0") == "0"
 
 
 @cache
@@ -95,7 +64,7 @@ def is_built() -> bool:
         if not done.exists():
             fcntl.flock(lock, fcntl.LOCK_EX)
         if not done.exists():
-            log.warning("compiling the backbone's loops for this machine: a minute or two, once")
+            log.warning("compiling the backbone's loops for this machine: half a minute, once")
             root = str(Path(__file__).parents[3])
             paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
             built = subprocess.run(

@@ -116,8 +116,8 @@ NO_STORE = Store(NONE_F3, NONE_F3, NONE_F3)
 
 
 def array(x: Tensor) -> Any:
-    """The memory of `x` as a numpy array. By DLPack: `numpy()` would keep FSDP from letting go of
-    memory that it has seen."""
+    """The memory of a parameter as a numpy array. By DLPack: `numpy()` would keep FSDP from letting
+    go of memory that it has seen."""
     return np.from_dlpack(x.detach())
 
 
@@ -184,7 +184,7 @@ def compressor(module: Any) -> Compressor:
 
 
 def store(own: CompressedStore) -> Store:
-    return Store(*(array(x) for x in (own.kv_BRX, own.gate_BRX, own.entry_BEC)))
+    return Store(own.kv_BRX.numpy(), own.gate_BRX.numpy(), own.entry_BEC.numpy())
 
 
 def experts(block: Any) -> Experts:
@@ -215,4 +215,4 @@ def choices(num_tokens: int, num_experts: int, top_k: int) -> Choices:
 
 def turns(rotation_Tr: Tensor) -> F32:
     """(T, r, 2), cos and sin, of complex rotations."""
-    return array(torch.view_as_real(rotation_Tr))
+    return torch.view_as_real(rotation_Tr).numpy()

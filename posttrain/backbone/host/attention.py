@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from posttrain.backbone.host import loop
-from posttrain.backbone.host.arrays import Attention, Compressor, Store, Tokens
+from posttrain.backbone.host.arrays import NONE_I2, Attention, Compressor, Store, Tokens
+from posttrain.backbone.host.loops import loop, within
 from posttrain.backbone.host.sums import (
     F32,
     I64,
     add_weighted,
+    copy,
     exp,
     inverse_rms,
     norm,
@@ -23,8 +24,7 @@ from posttrain.backbone.host.sums import (
 )
 
 
-@loop
-def attend(
+def attention(
     x_TH: F32,
     tokens: Tokens,
     turn_TrZ: F32,
@@ -39,44 +39,49 @@ def attend(
     out_TH: F32,
 ) -> None:
     """Write the tokens' keys, then attend to what their slots hold."""
-    num = len(x_TH)
-    latent_TR = np.empty((num, len(own.q_a_RH)), np.float32)
-    product(x_TH, own.q_a_RH, latent_TR, 0, 0)
-    for t in range(num):
-        norm(latent_TR[t], own.q_a_norm_R, own.eps)
-    q_TX = np.empty((num, len(own.q_b_XR)), np.float32)
-    product(latent_TR, own.q_b_XR, q_TX, 0, 0)
-    _put_keys(x_TH, tokens, turn_TrZ, own, ring_BRd)
-    index_TK = np.empty((0, 0), np.int64)
+    latent_TR = np.empty((len(x_TH), len(own.q_a_RH)), np.float32)
+    q_TX, index_TK = np.empty((len(x_TH), len(own.q_b_XR)), np.float32), NONE_I2
+    project(x_TH, tokens, turn_TrZ, own, ring_BRd, latent_TR, q_TX)
     if compressor.rate:
-        _compress(x_TH, tokens, compressor, entries, inv_freq_r, freq_scaling)
+        compress(x_TH, tokens, compressor, entries, inv_freq_r, freq_scaling)
     if index.rate:
-        _compress(x_TH, tokens, index, keys, inv_freq_r, freq_scaling)
-        index_TK = _chosen(x_TH, latent_TR, tokens, turn_TrZ, own, index.rate, keys.entry_BEC)
-    mixed_TX, entry_BEd = np.empty_like(q_TX), entries.entry_BEC
-    _mix(q_TX, tokens, turn_TrZ, own, ring_BRd, entry_BEd, compressor.rate, index_TK, mixed_TX)
-    size, rows = own.o_a_YX.shape[1], len(own.o_a_YX) // own.num_groups
-    grouped_TY = np.empty((num, len(own.o_a_YX)), np.float32)
-    for g in range(own.num_groups):
-        weight_NK = own.o_a_YX[g * rows : (g + 1) * rows]
-        product(mixed_TX, weight_NK, grouped_TY, g * size, g * rows)
-    product(grouped_TY, own.o_b_HY, out_TH, 0, 0)
+        compress(x_TH, tokens, index, keys, inv_freq_r, freq_scaling)
+        if (tokens.position_T.max(initial=-1) + 1) // index.rate > own.index_top_k:
+            index_TK = np.empty((len(x_TH), own.index_top_k), np.int64)
+            entry_BEc = keys.entry_BEC
+            choose(x_TH, latent_TR, tokens, turn_TrZ, own, index.rate, entry_BEc, index_TK)
+    entry_BEd = entries.entry_BEC
+    attend(q_TX, tokens, turn_TrZ, own, ring_BRd, entry_BEd, compressor.rate, index_TK, out_TH)
 
 
 @loop
-def _put_keys(x_TH: F32, tokens: Tokens, turn_TrZ: F32, own: Attention, ring_BRd: F32) -> None:
-    """The normed, rotated keys = values of the real tokens, into their places of the ring."""
+def project(
+    x_TH: F32,
+    tokens: Tokens,
+    turn_TrZ: F32,
+    own: Attention,
+    ring_BRd: F32,
+    latent_TR: F32,
+    q_TX: F32,
+) -> None:
+    """The queries and what they are made of; the normed, rotated keys = values of the real tokens,
+    into their places of the ring."""
+    product(x_TH, own.q_a_RH, latent_TR, 0, 0)
+    for t in range(len(x_TH)):
+        norm(latent_TR[t], own.q_a_norm_R, own.eps)
+    product(latent_TR, own.q_b_XR, q_TX, 0, 0)
     kv_Td = np.empty((len(x_TH), len(own.kv_dH)), np.float32)
     product(x_TH, own.kv_dH, kv_Td, 0, 0)
     for t in range(len(kv_Td)):
         if tokens.is_real_T[t]:
             norm(kv_Td[t], own.kv_norm_d, own.eps)
             rotate(kv_Td[t], turn_TrZ[t], np.float32(1.0))
-            ring_BRd[tokens.slot_T[t], tokens.position_T[t] % ring_BRd.shape[1]] = kv_Td[t]
+            place = tokens.position_T[t] % ring_BRd.shape[1]
+            copy(kv_Td[t], ring_BRd[tokens.slot_T[t], place])
 
 
 @loop
-def _compress(
+def compress(
     x_TH: F32,
     tokens: Tokens,
     own: Compressor,
@@ -93,8 +98,8 @@ def _compress(
     for t in range(len(x_TH)):
         if tokens.is_real_T[t]:
             slot, place = tokens.slot_T[t], tokens.position_T[t] % ring
-            store.kv_BRS[slot, place] = kv_TS[t]
-            store.gate_BRS[slot, place] = gate_TS[t]
+            copy(kv_TS[t], store.kv_BRS[slot, place])
+            copy(gate_TS[t], store.gate_BRS[slot, place])
     turn_rZ = np.empty((len(inv_freq_r), 2), np.float32)
     for t in range(len(x_TH)):
         end = tokens.position_T[t] + 1
@@ -109,7 +114,7 @@ def _compress(
             rotate(entry_C, turn_rZ, np.float32(1.0))
 
 
-@loop
+@within
 def _pool(own: Compressor, store: Store, slot: int, end: int, out_C: F32) -> None:
     """The values of the tokens before `end` under the softmax of their gates, channel by channel:
     where windows overlap, of the window before the last the first series, of the last the
@@ -136,7 +141,7 @@ def _pool(own: Compressor, store: Store, slot: int, end: int, out_C: F32) -> Non
 
 
 @loop
-def _chosen(
+def choose(
     x_TH: F32,
     latent_TR: F32,
     tokens: Tokens,
@@ -144,15 +149,13 @@ def _chosen(
     own: Attention,
     rate: int,
     key_BEc: F32,
-) -> I64:
-    """The `index_top_k` entries with the highest scores that each token sees, ascending, -1 behind
-    the last; of equal ones the lowest. Empty where no token sees more."""
-    top_k, room, reach = own.index_top_k, key_BEc.shape[1], np.int64(0)
+    index_TK: I64,
+) -> None:
+    """The K entries with the highest scores that each token sees, ascending, -1 behind the last; of
+    equal ones the lowest."""
+    top_k, room, reach = index_TK.shape[1], key_BEc.shape[1], np.int64(0)
     for t in range(len(x_TH)):
         reach = max(reach, min((tokens.position_T[t] + 1) // rate, room))
-    if reach <= top_k:
-        return np.empty((0, 0), np.int64)
-    index_TK = np.full((len(x_TH), top_k), -1, np.int64)
     heads, size = len(own.index_weight_hH), key_BEc.shape[2]
     q_TX = np.empty((len(x_TH), len(own.index_q_XR)), np.float32)
     product(latent_TR, own.index_q_XR, q_TX, 0, 0)
@@ -162,8 +165,8 @@ def _chosen(
     for t in range(len(x_TH)):
         seen = min((tokens.position_T[t] + 1) // rate, room)
         if seen <= top_k:
-            for k in range(seen):
-                index_TK[t, k] = k
+            for k in range(top_k):
+                index_TK[t, k] = k if k < seen else -1
             continue
         q_hc = q_TX[t].reshape(heads, size)
         for h in range(heads):
@@ -175,28 +178,37 @@ def _chosen(
                 score += weight_Th[t, h] * max(dot_Eh[e, h], np.float32(0.0))
             score_E[e] = score * np.float32(own.index_scale)
         best(score_E[:seen], index_TK[t])
-    return index_TK
 
 
-@loop
+@within
 def best(score_E: F32, out_K: I64) -> None:
-    """The places of the highest scores, ascending; of equal ones the lowest."""
-    least = np.partition(score_E, score_E.size - out_K.size)[score_E.size - out_K.size]
-    room = out_K.size
-    for e in range(score_E.size):
-        room -= score_E[e] > least
+    """The places of the highest scores, ascending; of equal ones the lowest. The least of them is
+    found byte by byte, from the highest on: how many scores have which."""
+    rank_E, count_256 = np.empty(score_E.size, np.int64), np.empty(256, np.int64)
+    for e in range(score_E.size):  # a float's bits, in the order of floats; -0 is 0
+        bits = np.int64(score_E[e : e + 1].view(np.int32)[0])
+        rank_E[e] = (bits if bits >= 0 else -(1 << 31) - bits) + (1 << 31)
+    least, room = np.int64(0), out_K.size
+    for shift in (24, 16, 8, 0):
+        count_256[:] = 0
+        for e in range(score_E.size):
+            if rank_E[e] >> (shift + 8) == least:
+                count_256[(rank_E[e] >> shift) & 255] += 1
+        byte = 255
+        while room > count_256[byte]:
+            room -= count_256[byte]
+            byte -= 1
+        least = (least << 8) + byte
     k = 0
     for e in range(score_E.size):
-        is_taken = score_E[e] > least
-        if score_E[e] == least and room > 0:
-            is_taken, room = True, room - 1
-        if is_taken and k < out_K.size:
+        if rank_E[e] > least or (rank_E[e] == least and room > 0):
+            room -= rank_E[e] == least
             out_K[k] = e
             k += 1
 
 
 @loop
-def _mix(
+def attend(
     q_TX: F32,
     tokens: Tokens,
     turn_TrZ: F32,
@@ -205,9 +217,11 @@ def _mix(
     entry_BEd: F32,
     rate: int,
     index_TK: I64,
-    out_TX: F32,
+    out_TH: F32,
 ) -> None:
-    """Each token's softmax over the sink and its keys, which are the values."""
+    """Each token's softmax over the sink and its keys, which are the values; of all its heads the
+    output."""
+    mixed_TX = np.empty_like(q_TX)
     heads, ring, size, reach = len(own.sink_h), ring_BRd.shape[1], ring_BRd.shape[2], np.int64(0)
     if rate:
         for t in range(len(q_TX)):
@@ -216,7 +230,7 @@ def _mix(
     weight_hK = np.empty((heads, own.window + max(num_chosen, reach)), np.float32)
     chosen_Kd = np.empty((num_chosen, size), np.float32)
     for t in range(len(q_TX)):
-        q_hd, out_hd = q_TX[t].reshape(heads, size), out_TX[t].reshape(heads, size)
+        q_hd, out_hd = q_TX[t].reshape(heads, size), mixed_TX[t].reshape(heads, size)
         for h in range(heads):
             scale = inverse_rms(q_hd[h], own.eps) * np.float32(own.scaling)
             for c in range(size):
@@ -231,7 +245,7 @@ def _mix(
         if num_chosen:
             num_seen = 0
             while num_seen < num_chosen and index_TK[t, num_seen] >= 0:
-                chosen_Kd[num_seen] = entry_BEd[slot, index_TK[t, num_seen]]
+                copy(entry_BEd[slot, index_TK[t, num_seen]], chosen_Kd[num_seen])
                 num_seen += 1
             seen_Kd = chosen_Kd[:num_seen]
         elif rate:
@@ -248,9 +262,15 @@ def _mix(
         add_weighted(weight_hK, seen_Kd, out_hd, num_window)
         for h in range(heads):
             rotate(out_hd[h], turn_TrZ[t], np.float32(-1.0))
+    size, rows = own.o_a_YX.shape[1], len(own.o_a_YX) // own.num_groups
+    grouped_TY = np.empty((len(q_TX), len(own.o_a_YX)), np.float32)
+    for g in range(own.num_groups):
+        weight_NK = own.o_a_YX[g * rows : (g + 1) * rows]
+        product(mixed_TX, weight_NK, grouped_TY, g * size, g * rows)
+    product(grouped_TY, own.o_b_HY, out_TH, 0, 0)
 
 
-@loop
+@within
 def _softmax(x_K: F32, sink: np.float32) -> None:
     """In place; `sink` takes its share and has no value."""
     most, total = sink, np.float32(0.0)

@@ -10,9 +10,9 @@ import math
 
 import numpy as np
 
-from posttrain.backbone.host import loop
 from posttrain.backbone.host.arrays import Choices, Experts
-from posttrain.backbone.host.sums import F32, I64, Bool, product, sigmoid
+from posttrain.backbone.host.loops import loop, within
+from posttrain.backbone.host.sums import F32, I64, Bool, copy, product, sigmoid
 from posttrain.backbone.routing import LOWEST_LOGIT
 
 LOWEST = np.float32(LOWEST_LOGIT)
@@ -43,11 +43,14 @@ def mix(
     for e in range(len(own.down_EHI)):
         rows = 0
         for t in range(tokens):
-            for j in range(choices.expert_Tk.shape[1]):
+            weight, is_chosen = np.float32(0.0), False
+            for j in range(choices.expert_Tk.shape[1]):  # told twice it counts twice
                 if is_real_T[t] and choices.expert_Tk[t, j] == e:
-                    x_PH[rows], token_P[rows] = x_TH[t], t
-                    weight_P[rows] = choices.weight_Tk[t, j]
-                    rows += 1
+                    weight, is_chosen = weight + choices.weight_Tk[t, j], True
+            if is_chosen:
+                copy(x_TH[t], x_PH[rows])
+                token_P[rows], weight_P[rows] = t, weight
+                rows += 1
         product(x_PH[:rows], own.gate_up_EJH[e], gate_up_PJ, 0, 0)
         for p in range(rows):
             gate_I, up_I = gate_up_PJ[p, :channels], gate_up_PJ[p, channels:]
@@ -59,7 +62,7 @@ def mix(
                 out_H[h] += y_PH[p, h]
 
 
-@loop
+@within
 def route(x_TH: F32, own: Experts, told_Tk: I64, choices: Choices) -> None:
     """The k experts with the highest score + bias, the lowest among equals, or those that are told
     (-1: not told); their weights are their shares of the scores, scaled."""
@@ -89,7 +92,7 @@ def route(x_TH: F32, own: Experts, told_Tk: I64, choices: Choices) -> None:
             weight_Tk[t, j] = share * np.float32(own.scaling)
 
 
-@loop
+@within
 def _gated(gate_I: F32, up_I: F32, limit: float, weight: np.float32, out_I: F32) -> None:
     """silu(min(gate, limit)) * clamp(up, -limit, limit) * weight."""
     most = np.float32(limit)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from posttrain.backbone.host import loop
-from posttrain.backbone.host.hyper import BLOCK
+from posttrain.backbone.host.loops import loop
+from posttrain.backbone.host.sinkhorn import BLOCK
 from posttrain.backbone.host.sums import F32, inverse_rms, sigmoid
 
 

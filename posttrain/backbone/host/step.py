@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -11,26 +11,35 @@ from torch import Tensor
 
 from posttrain.backbone.cache import V4Cache
 from posttrain.backbone.decode import DecodeContext
-from posttrain.backbone.host import arrays, loop
+from posttrain.backbone.host import arrays
 from posttrain.backbone.host.arrays import (
     NO_STORE,
+    NONE_F2,
+    NONE_F3,
     NONE_I2,
-    Attention,
     Choices,
-    Compressor,
-    Connection,
-    Experts,
     Store,
     Tokens,
-    array,
 )
-from posttrain.backbone.host.attention import attend
+from posttrain.backbone.host.attention import attention
 from posttrain.backbone.host.experts import mix
-from posttrain.backbone.host.hyper import read, read_last, write
+from posttrain.backbone.host.streams import read_step, write
 from posttrain.backbone.host.sums import F32, I64
 from posttrain.backbone.host.threads import even, spread
-from posttrain.backbone.host.weights import Weights
+from posttrain.backbone.host.weights import LayerWeights, Weights
 from posttrain.backbone.routing import Routes, RouteTape, told
+
+
+class Step(NamedTuple):
+    """What a layer works with."""
+
+    own: LayerWeights
+    turn_TrZ: F32
+    ring_BRd: F32
+    entries: Store
+    keys: Store
+    told_Tk: I64
+    choices: Choices
 
 
 def run_step(model: Any, weights: Weights, token_id_T: Tensor, context: DecodeContext) -> Tensor:
@@ -66,32 +75,63 @@ def run_layers(
     """Hidden states (T, H), normalised, of tokens at the places that `turns` are of; `past` has
     room for their entries. Each of `ends` is where a thread's part of the tokens does."""
     embeds_TH = model.embed_tokens(token_id_T)
-    x_TX = np.tile(array(embeds_TH), model.config.hc_mult)
+    x_TNH = np.tile(embeds_TH.numpy()[:, None], (1, model.config.hc_mult, 1))
     out_TH = torch.empty_like(embeds_TH)
-    out = array(out_TH)
-    steps: list[tuple[Any, ...]] = []
-    for layer, own, held in zip(model.layers, weights.layers, past, strict=True):
-        steps.append(
-            (
-                turns[layer.self_attn.rope_layer_type],
-                *own,
-                *held,
-                weights.inv_freq_r,
-                scaling,
-                *_choices(layer.mlp, token_id_T, tape),
-            )
+    out, head = out_TH.numpy(), weights.head
+    steps = [
+        Step(
+            own,
+            turns[layer.self_attn.rope_layer_type],
+            *held,
+            *_choices(layer.mlp, token_id_T, tape),
         )
+        for layer, own, held in zip(model.layers, weights.layers, past, strict=True)
+    ]
 
     def work(first: int, end: int) -> None:
-        for step in steps:
-            _layer(first, end, x_TX, tokens, *step)
-        read_last(x_TX[first:end], weights.head, out[first:end])
+        part = slice(first, end)
+        last_TNH = _layers(part, x_TNH[part], tokens, steps, (weights.inv_freq_r, scaling))
+        read_step(last_TNH, head, out[part], NONE_F2, NONE_F3)
 
     spread(work, ends)
     if tape:
         for layer, step in zip(model.layers, steps, strict=True):
-            _record(tape, layer.mlp, step[-1])
+            _record(tape, layer.mlp, step.choices)
     return out_TH
+
+
+def _layers(
+    part: slice, x_TNH: F32, tokens: Tokens, steps: Sequence[Step], rope: tuple[F32, float]
+) -> F32:
+    """The streams of these tokens after all layers: V4DecoderLayer's steps. Spends x."""
+    num_tokens, num, size = x_TNH.shape
+    read_TH = np.empty((num_tokens, size), np.float32)
+    given_TH, new_TNH = np.empty_like(read_TH), np.empty_like(x_TNH)
+    post_TN = np.empty((num_tokens, num), np.float32)
+    comb_TNN = np.empty((num_tokens, num, num), np.float32)
+    tokens = Tokens(tokens.slot_T[part], tokens.position_T[part], tokens.is_real_T[part])
+    for step in steps:
+        own, (score_TE, expert_Tk, weight_Tk) = step.own, step.choices
+        choices = Choices(score_TE[part], expert_Tk[part], weight_Tk[part])
+        read_step(x_TNH, own.attn_hc, read_TH, post_TN, comb_TNN)
+        attention(
+            read_TH,
+            tokens,
+            step.turn_TrZ[part],
+            own.attention,
+            step.ring_BRd,
+            own.compressor,
+            step.entries,
+            own.index_keys,
+            step.keys,
+            *rope,
+            given_TH,
+        )
+        write(0, num_tokens, x_TNH, given_TH, post_TN, comb_TNN, new_TNH)
+        read_step(new_TNH, own.ffn_hc, read_TH, post_TN, comb_TNN)
+        mix(read_TH, own.experts, step.told_Tk[part], tokens.is_real_T, choices, given_TH)
+        write(0, num_tokens, new_TNH, given_TH, post_TN, comb_TNN, x_TNH)
+    return x_TNH
 
 
 def _ends(context: DecodeContext, row_size: int) -> list[int]:
@@ -114,7 +154,7 @@ def past_of(cache: V4Cache) -> list[tuple[F32, Store, Store]]:
     for ring_BRd, own in zip(cache.window_BWd, cache.stores, strict=True):
         stores = {name: arrays.store(store) for name, store in own.items()}
         entries, keys = (stores.get(name, NO_STORE) for name in ("compressor", "indexer"))
-        found.append((array(ring_BRd), entries, keys))
+        found.append((ring_BRd.numpy(), entries, keys))
     return found
 
 
@@ -124,7 +164,7 @@ def _choices(block: Any, token_id_T: Tensor, tape: RouteTape | None) -> tuple[I6
     num = len(token_id_T)
     told_Tk = told(gate, token_id_T, num, is_hash=block.is_hash, replay_Tk=replay_Tk)
     choices = arrays.choices(num, len(gate.weight), gate.top_k)
-    return NONE_I2 if told_Tk is None else array(told_Tk), choices
+    return NONE_I2 if told_Tk is None else told_Tk.numpy(), choices
 
 
 def _record(tape: RouteTape, block: Any, choices: Choices) -> None:
@@ -133,65 +173,8 @@ def _record(tape: RouteTape, block: Any, choices: Choices) -> None:
     tape.record(block.layer_idx, block.gate, routes, is_hash=block.is_hash)
 
 
-@loop
-def _layer(
-    first: int,
-    end: int,
-    all_TX: F32,
-    all_tokens: Tokens,
-    all_TrZ: F32,
-    attn_hc: Connection,
-    attention: Attention,
-    compressor: Compressor,
-    index: Compressor,
-    ffn_hc: Connection,
-    experts: Experts,
-    ring_BRd: F32,
-    entries: Store,
-    keys: Store,
-    inv_freq_r: F32,
-    freq_scaling: float,
-    told_Tk: I64,
-    choices: Choices,
-) -> None:
-    """A layer over the streams of the tokens from `first` to `end`, in place: V4DecoderLayer's
-    steps."""
-    x_TX, turn_TrZ, told_Tk = all_TX[first:end], all_TrZ[first:end], told_Tk[first:end]
-    slot_T, position_T, is_real_T = all_tokens
-    tokens = Tokens(slot_T[first:end], position_T[first:end], is_real_T[first:end])
-    score_TE, expert_Tk, weight_Tk = choices
-    choices = Choices(score_TE[first:end], expert_Tk[first:end], weight_Tk[first:end])
-    num_tokens, size = len(x_TX), len(attn_hc.weight_H)
-    num = x_TX.shape[1] // size
-    read_TH, given_TH = (
-        np.empty((num_tokens, size), np.float32),
-        np.empty((num_tokens, size), np.float32),
-    )
-    post_TN = np.empty((num_tokens, num), np.float32)
-    comb_TNN = np.empty((num_tokens, num, num), np.float32)
-    read(x_TX, attn_hc, read_TH, post_TN, comb_TNN)
-    attend(
-        read_TH,
-        tokens,
-        turn_TrZ,
-        attention,
-        ring_BRd,
-        compressor,
-        entries,
-        index,
-        keys,
-        inv_freq_r,
-        freq_scaling,
-        given_TH,
-    )
-    write(x_TX, given_TH, post_TN, comb_TNN)
-    read(x_TX, ffn_hc, read_TH, post_TN, comb_TNN)
-    mix(read_TH, experts, told_Tk, tokens.is_real_T, choices, given_TH)
-    write(x_TX, given_TH, post_TN, comb_TNN)
-
-
 def _tokens(context: DecodeContext) -> Tokens:
     is_real_T = np.full(len(context.position_B), context.real_X is None)
     if context.real_X is not None:
         is_real_T[context.real_X.numpy()] = True
-    return Tokens(array(context.slot_T), array(context.position_B), is_real_T)
+    return Tokens(context.slot_T.numpy(), context.position_B.numpy(), is_real_T)

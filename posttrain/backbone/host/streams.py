@@ -14,13 +14,38 @@ from __future__ import annotations
 
 import numpy as np
 
-from posttrain.backbone.host import loop
-from posttrain.backbone.host.hyper import BLOCK, add_products, collapse, rescale, sinkhorn
-from posttrain.backbone.host.sums import F32, add_weighted, exp, inverse_rms, product, sigmoid
+from posttrain.backbone.host.arrays import Connection
+from posttrain.backbone.host.loops import loop, within
+from posttrain.backbone.host.sinkhorn import BLOCK, sinkhorn, sinkhorn_backward
+from posttrain.backbone.host.sums import F32, add_weighted, inverse_rms, norm, product, sigmoid
 
 
-@loop
-def read(
+@within
+def collapse(x_NH: F32, weight_1N: F32, out_1H: F32) -> None:
+    """sum_n weight[n] x[n]."""
+    out_1H[:] = np.float32(0.0)
+    add_weighted(weight_1N, x_NH, out_1H, 0)
+
+
+@within
+def find_logits(
+    start: int, count: int, raw_CT: F32, scale_T: F32, base_C: F32, gain_C: F32, logit_CB: F32
+) -> None:
+    """Of `count` tokens; the rest of the block stays as it is."""
+    scale_B = scale_T[start : start + count]
+    for c in range(len(raw_CT)):
+        raw_B, logit_B, gain, base = (
+            raw_CT[c, start : start + count],
+            logit_CB[c],
+            gain_C[c],
+            base_C[c],
+        )
+        for b in range(count):
+            logit_B[b] = raw_B[b] * scale_B[b] * gain + base
+
+
+@within
+def read_blocks(
     first: int,
     end: int,
     x_TNH: F32,
@@ -46,13 +71,12 @@ def read(
             scale_T[t] = inverse_rms(x_TNH[t].reshape(x_TNH[t].size), norm_eps)
         find_logits(start, count, raw_CT, scale_T, base_C, gain_C, logit_CB)
         if has_comb:
-            comb_NNB = logit_CB[2 * num :].reshape(num, num, BLOCK)
-            sinkhorn(comb_NNB, iterations, small)
+            sinkhorn(logit_CB[2 * num :].ctypes, num, iterations, small)
         for b in range(count):
             t = start + b
             for n in range(num):
                 pre_1N[0, n] = sigmoid(logit_CB[n, b]) + small
-            collapse(x_TNH[t].reshape(x_TNH[t].size), pre_1N, collapsed_TH[t : t + 1])
+            collapse(x_TNH[t], pre_1N, collapsed_TH[t : t + 1])
             if has_comb:
                 for k in range(num):
                     post_TN[t, k] = np.float32(2.0) * sigmoid(logit_CB[num + k, b])
@@ -61,20 +85,65 @@ def read(
 
 
 @loop
-def find_logits(
-    start: int, count: int, raw_CT: F32, scale_T: F32, base_C: F32, gain_C: F32, logit_CB: F32
+def read(
+    first: int,
+    end: int,
+    x_TNH: F32,
+    raw_CT: F32,
+    base_C: F32,
+    gain_C: F32,
+    norm_eps: float,
+    eps: float,
+    iterations: int,
+    scale_T: F32,
+    collapsed_TH: F32,
+    post_TN: F32,
+    comb_TNN: F32,
 ) -> None:
-    """Of `count` tokens; the rest of the block stays as it is."""
-    scale_B = scale_T[start : start + count]
+    """`read_blocks` of a training step's tokens."""
+    read_blocks(
+        first,
+        end,
+        x_TNH,
+        raw_CT,
+        base_C,
+        gain_C,
+        norm_eps,
+        eps,
+        iterations,
+        scale_T,
+        collapsed_TH,
+        post_TN,
+        comb_TNN,
+    )
+
+
+@loop
+def read_step(x_TNH: F32, own: Connection, out_TH: F32, post_TN: F32, comb_TNN: F32) -> None:
+    """`read_blocks` of a decode step's tokens, or after the last layer; normed."""
+    tokens, num, size = x_TNH.shape
+    raw_CT, scale_T = np.empty((len(own.fn_CX), tokens), np.float32), np.empty(tokens, np.float32)
+    product(own.fn_CX, x_TNH.reshape(tokens, num * size), raw_CT, 0, 0)
+    gain_C = np.empty(len(raw_CT), np.float32)
     for c in range(len(raw_CT)):
-        raw_B, logit_B, gain, base = (
-            raw_CT[c, start : start + count],
-            logit_CB[c],
-            gain_C[c],
-            base_C[c],
-        )
-        for b in range(count):
-            logit_B[b] = raw_B[b] * scale_B[b] * gain + base
+        gain_C[c] = own.scale_3[min(c // num, 2)]
+    read_blocks(
+        0,
+        tokens,
+        x_TNH,
+        raw_CT,
+        own.base_C,
+        gain_C,
+        own.norm_eps,
+        own.eps,
+        own.iterations,
+        scale_T,
+        out_TH,
+        post_TN,
+        comb_TNN,
+    )
+    for t in range(tokens):
+        norm(out_TH[t], own.weight_H, own.weight_eps)
 
 
 @loop
@@ -84,12 +153,19 @@ def write(
     """post[k] y + sum_j comb[j, k] x[j]."""
     num, size = out_TNH.shape[1:]
     for t in range(first, end):
-        y_H = y_TH[t]
+        x_NH, y_H, out_NH = x_TNH[t], y_TH[t], out_TNH[t]
         for k in range(num):
-            out_H, post = out_TNH[t, k], post_TN[t, k]
+            post, comb_N = post_TN[t, k], comb_TNN[t, k]
+            if num == 4:  # V4's: one pass
+                a, b, c, d = comb_N[0], comb_N[1], comb_N[2], comb_N[3]
+                for h in range(size):
+                    left = a * x_NH[0, h] + b * x_NH[1, h]
+                    out_NH[k, h] = post * y_H[h] + left + (c * x_NH[2, h] + d * x_NH[3, h])
+                continue
             for h in range(size):
-                out_H[h] = post * y_H[h]
-        add_weighted(comb_TNN[t], x_TNH[t], out_TNH[t], 0)
+                out_NH[k, h] = post * y_H[h]
+        if num != 4:
+            add_weighted(comb_TNN[t], x_NH, out_NH, 0)
 
 
 @loop
@@ -106,11 +182,112 @@ def write_backward(
     num = grad_TNH.shape[1]
     grad_N1 = np.empty((num, 1), np.float32)
     for t in range(first, end):
-        grad_X = grad_TNH[t].reshape(grad_TNH[t].size)
-        collapse(grad_X, post_TN[t : t + 1], grad_y_TH[t : t + 1])
+        collapse(grad_TNH[t], post_TN[t : t + 1], grad_y_TH[t : t + 1])
         product(grad_TNH[t], y_TH[t : t + 1], grad_N1, 0, 0)
         for n in range(num):
             grad_post_TN[t, n] = grad_N1[n, 0]
+
+
+@within
+def dots(
+    start: int,
+    count: int,
+    x_TNH: F32,
+    grad_TH: F32,
+    grad_post_TN: F32,
+    grad_new_TNH: F32,
+    grad_CB: F32,
+) -> None:
+    """What reaches pre, post and comb."""
+    num = x_TNH.shape[1]
+    grad_N1, grad_NN = np.empty((num, 1), np.float32), np.empty((num, num), np.float32)
+    for b in range(count):
+        t = start + b
+        product(x_TNH[t], grad_TH[t : t + 1], grad_N1, 0, 0)
+        for n in range(num):
+            grad_CB[n, b] = grad_N1[n, 0]
+        if len(grad_CB) > num:
+            product(x_TNH[t], grad_new_TNH[t], grad_NN, 0, 0)
+            for j in range(num):
+                grad_CB[num + j, b] = grad_post_TN[t, j]
+                for k in range(num):
+                    grad_CB[2 * num + j * num + k, b] = grad_NN[j, k]
+
+
+@within
+def gates_backward(num: int, iterations: int, eps: np.float32, gates_CB: F32, grad_CB: F32) -> None:
+    """In the place of the logits pre, half of post, and comb; in that of their gradients the
+    logits'."""
+    one, two = np.float32(1.0), np.float32(2.0)
+    for c in range(min(2 * num, len(gates_CB))):
+        gate_B, grad_B, factor, shift = gates_CB[c], grad_CB[c], one, eps
+        if c >= num:
+            factor, shift = two, np.float32(0.0)
+        for b in range(BLOCK):
+            gate = sigmoid(gate_B[b])
+            grad_B[b] *= factor * gate * (one - gate)
+            gate_B[b] = gate + shift
+    if len(gates_CB) > num:
+        comb_CB, grad_CB = gates_CB[2 * num :], grad_CB[2 * num :]
+        sinkhorn_backward(comb_CB.ctypes, grad_CB.ctypes, num, iterations, eps)
+
+
+@within
+def streams_backward(
+    start: int,
+    count: int,
+    x_TNH: F32,
+    grad_TH: F32,
+    grad_new_TNH: F32,
+    gates_CB: F32,
+    through_B: F32,
+    grad_x_TNH: F32,
+) -> None:
+    """through x[j] + pre[j] grad + sum_k comb[j, k] grad_new[k]."""
+    num = x_TNH.shape[1]
+    comb_NN = np.empty((num, num), np.float32)
+    for b in range(count):
+        t, through = start + b, through_B[b]
+        for j in range(num):
+            out_H, x_H, grad_H, pre = grad_x_TNH[t, j], x_TNH[t, j], grad_TH[t], gates_CB[j, b]
+            for h in range(len(out_H)):
+                out_H[h] = through * x_H[h] + pre * grad_H[h]
+        if len(gates_CB) > num:
+            for j in range(num):
+                for k in range(num):
+                    comb_NN[j, k] = gates_CB[2 * num + j * num + k, b]
+            add_weighted(comb_NN, grad_new_TNH[t], grad_x_TNH[t], 0)
+
+
+@within
+def spread_gradient(
+    start: int,
+    count: int,
+    size: int,
+    raw_CT: F32,
+    scale_T: F32,
+    gain_C: F32,
+    grad_CB: F32,
+    grad_CT: F32,
+    through_B: F32,
+    sum_ZC: F32,
+) -> None:
+    """From the logits' gradients: raw's, base's and gain's sums, and what of x comes to x through
+    its rms over `size` numbers."""
+    scale_B = scale_T[start : start + count]
+    through_B[:] = np.float32(0.0)
+    for c in range(len(grad_CB)):
+        grad_B, raw_B = grad_CB[c], raw_CT[c, start : start + count]
+        out_B, gain = grad_CT[c, start : start + count], gain_C[c]
+        share = gain / np.float32(-size)
+        base_sum = gain_sum = np.float32(0.0)
+        for b in range(count):
+            along = grad_B[b] * raw_B[b] * scale_B[b]
+            base_sum += grad_B[b]
+            gain_sum += along
+            out_B[b] = grad_B[b] * gain * scale_B[b]
+            through_B[b] += along * share * scale_B[b] * scale_B[b]
+        sum_ZC[0, c], sum_ZC[1, c] = base_sum, gain_sum
 
 
 @loop
@@ -148,215 +325,3 @@ def read_backward(
         streams_backward(
             start, count, x_TNH, grad_TH, grad_new_TNH, gates_CB, through_B, grad_x_TNH
         )
-
-
-@loop
-def dots(
-    start: int,
-    count: int,
-    x_TNH: F32,
-    grad_TH: F32,
-    grad_post_TN: F32,
-    grad_new_TNH: F32,
-    grad_CB: F32,
-) -> None:
-    """What reaches pre, post and comb."""
-    num = x_TNH.shape[1]
-    grad_N1, grad_NN = np.empty((num, 1), np.float32), np.empty((num, num), np.float32)
-    for b in range(count):
-        t = start + b
-        product(x_TNH[t], grad_TH[t : t + 1], grad_N1, 0, 0)
-        for n in range(num):
-            grad_CB[n, b] = grad_N1[n, 0]
-        if len(grad_CB) > num:
-            product(x_TNH[t], grad_new_TNH[t], grad_NN, 0, 0)
-            for j in range(num):
-                grad_CB[num + j, b] = grad_post_TN[t, j]
-                for k in range(num):
-                    grad_CB[2 * num + j * num + k, b] = grad_NN[j, k]
-
-
-@loop
-def gates_backward(num: int, iterations: int, eps: np.float32, gates_CB: F32, grad_CB: F32) -> None:
-    """In the place of the logits pre, half of post, and comb; in that of their gradients the
-    logits'."""
-    one, two = np.float32(1.0), np.float32(2.0)
-    for c in range(min(2 * num, len(gates_CB))):
-        gate_B, grad_B, factor, shift = gates_CB[c], grad_CB[c], one, eps
-        if c >= num:
-            factor, shift = two, np.float32(0.0)
-        for b in range(BLOCK):
-            gate = sigmoid(gate_B[b])
-            grad_B[b] *= factor * gate * (one - gate)
-            gate_B[b] = gate + shift
-    if len(gates_CB) > num:
-        comb_NNB = gates_CB[2 * num :].reshape(num, num, BLOCK)
-        grad_NNB = grad_CB[2 * num :].reshape(num, num, BLOCK)
-        sinkhorn_backward(comb_NNB, grad_NNB, iterations, eps)
-
-
-@loop
-def streams_backward(
-    start: int,
-    count: int,
-    x_TNH: F32,
-    grad_TH: F32,
-    grad_new_TNH: F32,
-    gates_CB: F32,
-    through_B: F32,
-    grad_x_TNH: F32,
-) -> None:
-    """through x[j] + pre[j] grad + sum_k comb[j, k] grad_new[k]."""
-    num = x_TNH.shape[1]
-    comb_NN = np.empty((num, num), np.float32)
-    for b in range(count):
-        t, through = start + b, through_B[b]
-        for j in range(num):
-            out_H, x_H, grad_H, pre = grad_x_TNH[t, j], x_TNH[t, j], grad_TH[t], gates_CB[j, b]
-            for h in range(len(out_H)):
-                out_H[h] = through * x_H[h] + pre * grad_H[h]
-        if len(gates_CB) > num:
-            for j in range(num):
-                for k in range(num):
-                    comb_NN[j, k] = gates_CB[2 * num + j * num + k, b]
-            add_weighted(comb_NN, grad_new_TNH[t], grad_x_TNH[t], 0)
-
-
-@loop
-def spread_gradient(
-    start: int,
-    count: int,
-    size: int,
-    raw_CT: F32,
-    scale_T: F32,
-    gain_C: F32,
-    grad_CB: F32,
-    grad_CT: F32,
-    through_B: F32,
-    sum_ZC: F32,
-) -> None:
-    """From the logits' gradients: raw's, base's and gain's sums, and what of x comes to x through
-    its rms over `size` numbers."""
-    scale_B = scale_T[start : start + count]
-    through_B[:] = np.float32(0.0)
-    for c in range(len(grad_CB)):
-        grad_B, raw_B = grad_CB[c], raw_CT[c, start : start + count]
-        out_B, gain = grad_CT[c, start : start + count], gain_C[c]
-        share = gain / np.float32(-size)
-        base_sum = gain_sum = np.float32(0.0)
-        for b in range(count):
-            along = grad_B[b] * raw_B[b] * scale_B[b]
-            base_sum += grad_B[b]
-            gain_sum += along
-            out_B[b] = grad_B[b] * gain * scale_B[b]
-            through_B[b] += along * share * scale_B[b] * scale_B[b]
-        sum_ZC[0, c], sum_ZC[1, c] = base_sum, gain_sum
-
-
-@loop
-def sinkhorn_backward(comb_NNB: F32, grad_NNB: F32, iterations: int, eps: np.float32) -> None:
-    """`sinkhorn` of the logits in `comb`, in place, and in the place of its gradient the logits'.
-
-    comb = left[j] soft[j, k] right[k]. All that left and right were is kept, and their sweeps are
-    undone one by one; a sweep's right is that before, / (right sum_j(left soft) + eps)."""
-    num = len(comb_NNB)
-    soft_NNB, turned_NNB = np.empty_like(comb_NNB), np.empty_like(comb_NNB)
-    softmax(comb_NNB, soft_NNB)
-    for j in range(num):
-        for k in range(num):
-            for b in range(BLOCK):
-                comb_NNB[j, k, b] = turned_NNB[k, j, b] = soft_NNB[j, k, b] + eps
-    left_INB = np.ones((max(iterations, 1), num, BLOCK), np.float32)
-    right_INB = np.ones((iterations + 1, num, BLOCK), np.float32)
-    for i in range(iterations):
-        if i:
-            left_INB[i] = left_INB[i - 1]
-            rescale(comb_NNB, right_INB[i], left_INB[i], eps)
-        right_INB[i + 1] = right_INB[i]
-        rescale(turned_NNB, left_INB[i], right_INB[i + 1], eps)
-    undo_sweeps(comb_NNB, turned_NNB, left_INB, right_INB, grad_NNB, eps)
-    total_B = np.empty(BLOCK, np.float32)
-    for j in range(num):
-        add_products(grad_NNB[j], soft_NNB[j], total_B)
-        for k in range(num):
-            grad_B, soft_B, comb_B = grad_NNB[j, k], soft_NNB[j, k], comb_NNB[j, k]
-            left_B, right_B = left_INB[-1, j], right_INB[-1, k]
-            for b in range(BLOCK):
-                grad_B[b] = (grad_B[b] - total_B[b]) * soft_B[b]
-            for b in range(BLOCK):
-                comb_B[b] *= left_B[b] * right_B[b]
-
-
-@loop
-def undo_sweeps(
-    soft_NNB: F32, turned_NNB: F32, left_INB: F32, right_INB: F32, grad_NNB: F32, eps: np.float32
-) -> None:
-    """In the place of comb's gradient that of what is swept."""
-    num = len(soft_NNB)
-    left_NB, right_NB = np.zeros((num, BLOCK), np.float32), np.zeros((num, BLOCK), np.float32)
-    grad_turned_NNB = np.zeros_like(turned_NNB)
-    for j in range(num):
-        for k in range(num):
-            for b in range(BLOCK):
-                grad = grad_NNB[j, k, b] * left_INB[-1, j, b] * right_INB[-1, k, b]
-                left_NB[j, b] += grad * soft_NNB[j, k, b]
-                right_NB[k, b] += grad * soft_NNB[j, k, b]
-                grad_NNB[j, k, b] = grad
-    for i in range(len(right_INB) - 2, -1, -1):
-        old_NB, new_NB, other_NB = right_INB[i], right_INB[i + 1], left_INB[i]
-        undo(soft_NNB, old_NB, new_NB, other_NB, right_NB, left_NB, grad_NNB, eps)
-        if i:
-            old_NB, new_NB, other_NB = left_INB[i - 1], left_INB[i], right_INB[i]
-            undo(turned_NNB, old_NB, new_NB, other_NB, left_NB, right_NB, grad_turned_NNB, eps)
-    for j in range(num):
-        for k in range(num):
-            for b in range(BLOCK):
-                grad_NNB[j, k, b] += grad_turned_NNB[k, j, b]
-
-
-@loop
-def softmax(logit_NNB: F32, out_NNB: F32) -> None:
-    """Over k."""
-    num = len(logit_NNB)
-    most_B, total_B = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
-    for j in range(num):
-        most_B[:] = logit_NNB[j, 0]
-        for k in range(1, num):
-            for b in range(BLOCK):
-                most_B[b] = max(most_B[b], logit_NNB[j, k, b])
-        total_B[:] = np.float32(0.0)
-        for k in range(num):
-            for b in range(BLOCK):
-                out_NNB[j, k, b] = exp(logit_NNB[j, k, b] - most_B[b])
-                total_B[b] += out_NNB[j, k, b]
-        for k in range(num):
-            for b in range(BLOCK):
-                out_NNB[j, k, b] /= total_B[b]
-
-
-@loop
-def undo(
-    soft_NNB: F32,
-    old_NB: F32,
-    new_NB: F32,
-    other_NB: F32,
-    grad_own_NB: F32,
-    grad_other_NB: F32,
-    grad_NNB: F32,
-    eps: np.float32,
-) -> None:
-    """The gradients at a sweep's old, other and soft[m, n] from that at new; old's, new's and
-    other's are at their logarithms."""
-    num = len(old_NB)
-    total_B, down_NB = np.empty(BLOCK, np.float32), np.empty_like(old_NB)
-    for n in range(num):
-        for b in range(BLOCK):
-            down_NB[n, b] = new_NB[n, b] * grad_own_NB[n, b]
-            grad_own_NB[n, b] = eps * down_NB[n, b] / old_NB[n, b]
-    for m in range(num):
-        add_products(soft_NNB[m], down_NB, total_B)
-        for b in range(BLOCK):
-            grad_other_NB[m, b] -= other_NB[m, b] * total_B[b]
-        for n in range(num):
-            for b in range(BLOCK):
-                grad_NNB[m, n, b] -= other_NB[m, b] * down_NB[n, b]

@@ -6,14 +6,23 @@ instructions, those that fill up a block of four too.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
-from posttrain.backbone.host import loop, within
+from posttrain.backbone.host.loops import carray, outlined, within
 
 F32 = NDArray[np.float32]
 I64 = NDArray[np.int64]
 Bool = NDArray[np.bool_]
+
+
+@within
+def copy(x_C: F32, out_C: F32) -> None:
+    """Numba's `out[:] = x` compiles its errors' texts too, for seconds."""
+    for c in range(x_C.size):
+        out_C[c] = x_C[c]
 
 
 @within
@@ -47,7 +56,7 @@ def inverse_rms(x_C: F32, eps: float) -> np.float32:
     return np.float32(1.0) / np.sqrt(square / np.float32(x_C.size) + np.float32(eps))
 
 
-@loop
+@within
 def norm(x_C: F32, weight_C: F32, eps: float) -> None:
     """x / rms(x) * weight, in place."""
     scale = inverse_rms(x_C, eps)
@@ -55,7 +64,7 @@ def norm(x_C: F32, weight_C: F32, eps: float) -> None:
         x_C[c] = x_C[c] * scale * weight_C[c]
 
 
-@loop
+@within
 def rotate(x_d: F32, turn_rZ: F32, sign: np.float32) -> None:
     """Turn the last channels of x in place, by cos and sin of each pair; sign -1 turns back."""
     first = x_d.size - 2 * len(turn_rZ)
@@ -66,20 +75,39 @@ def rotate(x_d: F32, turn_rZ: F32, sign: np.float32) -> None:
         x_d[first + 2 * r + 1] = a * sin + b * cos
 
 
-@loop
+@within
 def product(x_TX: F32, weight_NK: F32, out_TY: F32, first: int, to: int) -> None:
-    """x @ weight^T, of the K columns of x from `first` on, into the N of out from `to` on. In
-    blocks of four rows and two columns, whose sums stay in registers; a row past the last is the
-    last."""
+    """x @ weight^T, of the K columns of x from `first` on, into the N of out from `to` on. The
+    numbers of a row stand side by side in memory."""
     num, size = weight_NK.shape
-    last = len(x_TX) - 1
-    for t in range(0, len(x_TX), 4):
+    x_row, row = x_TX.strides[0] // 4, weight_NK.strides[0] // 4
+    out_row = out_TY.strides[0] // 4
+    x, out = x_TX[:, first:].ctypes, out_TY[:, to:].ctypes
+    multiply(x, x_row, weight_NK.ctypes, row, out, out_row, len(x_TX), num, size)
+
+
+@outlined(3 * "floats int " + 3 * "int ")
+def multiply(
+    x: Any,
+    x_row: int,
+    weight: Any,
+    row: int,
+    out: Any,
+    out_row: int,
+    rows: int,
+    num: int,
+    size: int,
+) -> None:
+    """`product`, of matrices whose rows are so many numbers apart. In blocks of four rows and two
+    columns, whose sums stay in registers; a row past the last is the last."""
+    x_TX, weight_NX = carray(x, (rows, x_row)), carray(weight, (num, row))
+    out_TY, last = carray(out, (rows, out_row)), rows - 1
+    for t in range(0, rows, 4):
         t1, t2, t3 = min(t + 1, last), min(t + 2, last), min(t + 3, last)
-        x0, x1 = x_TX[t, first : first + size], x_TX[t1, first : first + size]
-        x2, x3 = x_TX[t2, first : first + size], x_TX[t3, first : first + size]
+        x0, x1, x2, x3 = x_TX[t], x_TX[t1], x_TX[t2], x_TX[t3]
         for n in range(0, num, 2):
             m = min(n + 1, num - 1)
-            u_K, v_K = weight_NK[n], weight_NK[m]
+            u_K, v_K = weight_NX[n], weight_NX[m]
             a = b = c = d = e = f = g = h = np.float32(0.0)
             for i in range(size):
                 u, v = u_K[i], v_K[i]
@@ -91,51 +119,63 @@ def product(x_TX: F32, weight_NK: F32, out_TY: F32, first: int, to: int) -> None
                 f += x1[i] * v
                 g += x2[i] * v
                 h += x3[i] * v
-            out_TY[t, to + n], out_TY[t, to + m] = a, e
-            out_TY[t1, to + n], out_TY[t1, to + m] = b, f
-            out_TY[t2, to + n], out_TY[t2, to + m] = c, g
-            out_TY[t3, to + n], out_TY[t3, to + m] = d, h
+            out_TY[t, n], out_TY[t, m] = a, e
+            out_TY[t1, n], out_TY[t1, m] = b, f
+            out_TY[t2, n], out_TY[t2, m] = c, g
+            out_TY[t3, n], out_TY[t3, m] = d, h
 
 
-@loop
+@within
 def add_weighted(weight_hX: F32, x_Kd: F32, out_hd: F32, first: int) -> None:
-    """out[h] += sum_k weight[h, first + k] x[k]: of four rows of out two k at a time, of what is
-    left of them four, so that out is seldom read and written."""
-    num, size, heads = len(x_Kd), x_Kd.shape[1], len(out_hd)
-    fours = heads - heads % 4
+    """out[h] += sum_k weight[h, first + k] x[k]. The numbers of a row stand side by side."""
+    num, size = x_Kd.shape
+    weight, weight_row = weight_hX[:, first:].ctypes, weight_hX.strides[0] // 4
+    x_row, out_row = x_Kd.strides[0] // 4, out_hd.strides[0] // 4
+    accumulate(
+        weight, weight_row, x_Kd.ctypes, x_row, out_hd.ctypes, out_row, len(out_hd), num, size
+    )
+
+
+@outlined(3 * "floats int " + 3 * "int ")
+def accumulate(
+    weight: Any,
+    weight_row: int,
+    x: Any,
+    x_row: int,
+    out: Any,
+    out_row: int,
+    heads: int,
+    num: int,
+    size: int,
+) -> None:
+    """`add_weighted`, of matrices whose rows are so many numbers apart: of four rows of out two k
+    at a time, of what is left of them four, so that out is seldom read and written."""
+    weight_hX, x_Kd = carray(weight, (heads, weight_row)), carray(x, (num, x_row))
+    out_hd, fours = carray(out, (heads, out_row)), heads - heads % 4
     for h in range(0, fours, 4):
         p_d, q_d, r_d, s_d = out_hd[h], out_hd[h + 1], out_hd[h + 2], out_hd[h + 3]
-        for k in range(first, first + num - 1, 2):
+        for k in range(0, num - 1, 2):
             p, p1 = weight_hX[h, k], weight_hX[h, k + 1]
             q, q1 = weight_hX[h + 1, k], weight_hX[h + 1, k + 1]
             r, r1 = weight_hX[h + 2, k], weight_hX[h + 2, k + 1]
             s, s1 = weight_hX[h + 3, k], weight_hX[h + 3, k + 1]
-            x_d, y_d = x_Kd[k - first], x_Kd[k - first + 1]
+            x_d, y_d = x_Kd[k], x_Kd[k + 1]
             for i in range(size):
                 x, y = x_d[i], y_d[i]
                 p_d[i] += p * x + p1 * y
                 q_d[i] += q * x + q1 * y
                 r_d[i] += r * x + r1 * y
                 s_d[i] += s * x + s1 * y
-        if num % 2:
-            _add_rows(weight_hX, x_Kd, out_hd, h, h + 4, first, num - 1)
-    _add_rows(weight_hX, x_Kd, out_hd, fours, heads, first, 0)
-
-
-@loop
-def _add_rows(
-    weight_hX: F32, x_Kd: F32, out_hd: F32, begin: int, end: int, first: int, k_begin: int
-) -> None:
-    """`add_weighted` of the rows of out from `begin` to `end`, of the x from `k_begin` on."""
-    num, size = x_Kd.shape
-    for h in range(begin, end):
-        out_d, weight_K = out_hd[h], weight_hX[h, first : first + num]
-        for k in range(k_begin, num - 3, 4):
-            a, b, c, d = weight_K[k], weight_K[k + 1], weight_K[k + 2], weight_K[k + 3]
+    for h in range(heads):
+        # of four rows at a time the last of an odd number of k is left, of the others all
+        begin, out_d = num - num % 2 if h < fours else 0, out_hd[h]
+        for k in range(begin, num - 3, 4):
+            a, b = weight_hX[h, k], weight_hX[h, k + 1]
+            c, d = weight_hX[h, k + 2], weight_hX[h, k + 3]
             for i in range(size):
                 two = a * x_Kd[k, i] + b * x_Kd[k + 1, i]
                 out_d[i] += two + (c * x_Kd[k + 2, i] + d * x_Kd[k + 3, i])
-        for k in range(num - (num - k_begin) % 4, num):
-            a = weight_K[k]
+        for k in range(num - (num - begin) % 4, num):
+            a = weight_hX[h, k]
             for i in range(size):
                 out_d[i] += a * x_Kd[k, i]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from itertools import chain
+from itertools import chain, repeat
+from operator import contains, is_
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -46,29 +47,28 @@ class Weights:
         self.inv_freq_r = arrays.array(model.rotary_emb.compress_inv_freq)
         modules = [*model.layers.modules(), *model.hc_head.modules(), model.norm]
         self.size = sum(x.numel() for x in model.layers.parameters())
-        self._children = [
-            (module._modules, name, child)
-            for module in modules
-            for name, child in module._modules.items()
-        ]
+        self._config = model.config
+        self._own = [module.__dict__ for module in modules]
         self._hooks = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
-        self._tensors = [
-            (owner, name, x, x.data_ptr())
+        slots = [
+            (owner, name, x)
             for module in modules
-            for owner in (module._parameters, module._buffers)
+            for owner in (module._modules, module._parameters, module._buffers)
             for name, x in owner.items()
             if x is not None
         ]
+        self._owners, self._names, self._found = zip(*slots, strict=True)
+        self._tensors = [x for x in self._found if isinstance(x, Tensor)]
+        self._places = [x.data_ptr() for x in self._tensors]
 
     def is_current(self) -> bool:
         """Whether the model still has these tensors at these places, these modules, no hooks."""
         return (
             not any(self._hooks)
-            and all(owner.get(name) is child for owner, name, child in self._children)
-            and all(
-                owner.get(name) is x and x.data_ptr() == place
-                for owner, name, x, place in self._tensors
-            )
+            and not any(map(contains, self._own, repeat("forward")))
+            and not self._config.fake_quantization
+            and all(map(is_, self._found, map(dict.get, self._owners, self._names)))
+            and self._places == [x.data_ptr() for x in self._tensors]
         )
 
 

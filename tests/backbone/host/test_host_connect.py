@@ -10,7 +10,7 @@ from torch import Tensor
 
 from posttrain.backbone import hyper_connections
 from posttrain.backbone.host import connect as host
-from posttrain.backbone.host.hyper import BLOCK
+from posttrain.backbone.host.sinkhorn import BLOCK
 
 SHAPES = [(5, 4, 6), (1, 4, 8), (0, 4, 8), (33, 3, 7), (7, 1, 9), (BLOCK + 3, 2, 5), (300, 4, 128)]
 """Tokens, streams, channels."""

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from posttrain.backbone.host.hyper import BLOCK
+from posttrain.backbone.host.sinkhorn import BLOCK
 from posttrain.backbone.norm import rms_norm
 from posttrain.backbone.swiglu import shared, weighted, weighted_backward
 

@@ -69,6 +69,22 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return found
 
 
+def test_what_one_process_has_compiled_serves_any_configuration() -> None:
+    from posttrain.backbone.host import attention, experts, rows, streams
+
+    for seed in (0, 5):
+        run(draw_model(random.Random(seed)).eval().model, seed)
+    ids = torch.arange(3, 40)[None]
+    for num_streams in (1, 4):
+        model = small_model(hc_mult=num_streams)
+        model(ids, labels=ids).loss.backward()
+        run(model.eval().model, 0)
+    loops = [x for m in (attention, experts, rows, streams) for x in vars(m).values()]
+    types = {x.__name__: len(x.signatures) for x in loops if getattr(x, "signatures", None)}
+    assert types.keys() >= {"project", "compress", "choose", "attend", "mix", "read", "write"}
+    assert set(types.values()) == {1}
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_steps_of_random_configurations_are_torchs(seed: int, counted: list[int]) -> None:
     model = draw_model(random.Random(seed)).eval().model
