@@ -60,8 +60,8 @@ def feed(
     context = context_of(model, cache, position_T=torch.from_numpy(place_T))
     # a slot's tokens see each other: they are one thread's
     (begin_N,) = np.nonzero(np.diff(slot_T, prepend=-1))
-    parts = threads.even(total, weights.size)
-    ends = [begin_N[np.searchsorted(begin_N, end, "right") - 1] for end in parts[:-1]]
+    parts = threads.even(total, weights.size)[:-1]
+    ends = {int(begin_N[np.searchsorted(begin_N, end, "right") - 1]) for end in parts} - {0}
     hidden_TH = step.run_layers(
         model,
         weights,
@@ -70,7 +70,7 @@ def feed(
         {name: arrays.turns(rotation) for name, rotation in context.rotation_B.items()},
         step.past_of(cache),
         scaling=context.scaling,
-        ends=[*(int(end) for end in ends if end), total],
+        ends=[*sorted(ends), total],
         tape=tape,
     )
     cache.length_B = cache.length_B.index_add(

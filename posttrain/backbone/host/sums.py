@@ -12,10 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from posttrain.backbone.host.loops import carray, outlined, within
+from posttrain.backbone.host.vectors import WIDTH, behind, weighted_sum
 
 F32 = NDArray[np.float32]
 I64 = NDArray[np.int64]
 Bool = NDArray[np.bool_]
+
+_add_four_by_two, _add_four_by_one = weighted_sum(4, 2), weighted_sum(4, 1)
+_add_one_by_two, _add_one_by_one = weighted_sum(1, 2), weighted_sum(1, 1)
 
 
 @within
@@ -148,34 +152,34 @@ def accumulate(
     num: int,
     size: int,
 ) -> None:
-    """`add_weighted`, of matrices whose rows are so many numbers apart: of four rows of out two k
-    at a time, of what is left of them four, so that out is seldom read and written."""
+    """`add_weighted`, of matrices whose rows are so many numbers apart: in tiles of four rows of
+    out and two vectors, and smaller ones where these end."""
+    vectors = size // WIDTH
+    for v in range(0, vectors, 2):
+        for h in range(0, heads, 4):
+            is_wide, rows = v + 1 < vectors, min(4, heads - h)
+            n = v * WIDTH
+            for r in range(0, rows, 4 if rows == 4 else 1):
+                tile = (
+                    behind(weight, (h + r) * weight_row),
+                    weight_row,
+                    behind(x, n),
+                    x_row,
+                    behind(out, (h + r) * out_row + n),
+                    out_row,
+                    num,
+                )
+                if rows == 4 and is_wide:
+                    _add_four_by_two(*tile)
+                elif rows == 4:
+                    _add_four_by_one(*tile)
+                elif is_wide:
+                    _add_one_by_two(*tile)
+                else:
+                    _add_one_by_one(*tile)
     weight_hX, x_Kd = carray(weight, (heads, weight_row)), carray(x, (num, x_row))
-    out_hd, fours = carray(out, (heads, out_row)), heads - heads % 4
-    for h in range(0, fours, 4):
-        p_d, q_d, r_d, s_d = out_hd[h], out_hd[h + 1], out_hd[h + 2], out_hd[h + 3]
-        for k in range(0, num - 1, 2):
-            p, p1 = weight_hX[h, k], weight_hX[h, k + 1]
-            q, q1 = weight_hX[h + 1, k], weight_hX[h + 1, k + 1]
-            r, r1 = weight_hX[h + 2, k], weight_hX[h + 2, k + 1]
-            s, s1 = weight_hX[h + 3, k], weight_hX[h + 3, k + 1]
-            x_d, y_d = x_Kd[k], x_Kd[k + 1]
-            for i in range(size):
-                x, y = x_d[i], y_d[i]
-                p_d[i] += p * x + p1 * y
-                q_d[i] += q * x + q1 * y
-                r_d[i] += r * x + r1 * y
-                s_d[i] += s * x + s1 * y
+    out_hd = carray(out, (heads, out_row))
     for h in range(heads):
-        # of four rows at a time the last of an odd number of k is left, of the others all
-        begin, out_d = num - num % 2 if h < fours else 0, out_hd[h]
-        for k in range(begin, num - 3, 4):
-            a, b = weight_hX[h, k], weight_hX[h, k + 1]
-            c, d = weight_hX[h, k + 2], weight_hX[h, k + 3]
-            for i in range(size):
-                two = a * x_Kd[k, i] + b * x_Kd[k + 1, i]
-                out_d[i] += two + (c * x_Kd[k + 2, i] + d * x_Kd[k + 3, i])
-        for k in range(num - (num - begin) % 4, num):
-            a = weight_hX[h, k]
-            for i in range(size):
-                out_d[i] += a * x_Kd[k, i]
+        for i in range(vectors * WIDTH, size):
+            for k in range(num):
+                out_hd[h, i] += weight_hX[h, k] * x_Kd[k, i]
