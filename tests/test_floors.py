@@ -12,6 +12,7 @@ HOME = Path(__file__).resolve().parents[1]
 PACKAGES = ("posttrain", "specialists", "distill", "rewards")
 
 FLOORS = (  # a module may import from floors below its own, and from its own row of one floor
+    (("posttrain.compiled_loops",),),
     (
         (
             "posttrain.errors",
@@ -74,6 +75,7 @@ FREE_OF = {  # packages whose modules import no such thing, wherever they stand
 
 LIGHT = (
     "posttrain.cli",
+    "posttrain.compiled_loops",
     "posttrain.config",
     "posttrain.domains",
     "posttrain.evaluate_config",

@@ -19,6 +19,7 @@ from typing import Any
 from rich.console import Console
 
 import posttrain
+from posttrain.compiled_loops import has_numba, is_built
 from posttrain.errors import StageError
 from posttrain.files import write_atomic
 from posttrain.pipeline.cluster import Cluster
@@ -154,6 +155,8 @@ def _run_todo(work: Work, ledger: Ledger, console: Console, todo: set[str]) -> l
     count = f"{num_workers} worker{'s' if num_workers > 1 else ''}"
     display.say(f"{len(todo)} of {len(work.stages)} stages to do; starting {count}")
     warm = sorted({stage.work.partition(":")[0] for stage in work.stages if stage.name in todo})
+    if work.cluster.address is None and not work.cluster.gpus_per_job and has_numba():
+        is_built()  # says so here if it has to compile: a stage would say it in its log alone
     cluster = Cluster(work.cluster, num_workers, warm)
     # twice: Ray's start puts a handler of its own in place of the first
     with interruptible(), cluster, interruptible(), display:

@@ -4,6 +4,7 @@ runs."""
 from __future__ import annotations
 
 import os
+import sys
 from multiprocessing import get_context
 from typing import Any
 
@@ -18,12 +19,30 @@ def main() -> None:
     """Each for the types that it is called with."""
     torch.set_num_threads(1)  # a fork has no threads but one
     call_all()
-    with get_context("fork").Pool(os.cpu_count()) as pool:
-        pool.map(compile_one, range(len(to_compile)), chunksize=1)
+    fork = get_context("fork")
+    counter = fork.Value("i", 0)
+    processes = [fork.Process(target=compile_next, args=[counter]) for _ in range(num_cores())]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    if any(process.exitcode for process in processes):
+        sys.exit(1)
 
 
-def compile_one(place: int) -> None:
-    to_compile[place]()
+def compile_next(counter: Any) -> None:
+    """Of all loops the next that no other process has taken, while there are any."""
+    while True:
+        with counter.get_lock():
+            place, counter.value = counter.value, counter.value + 1
+        if place >= len(to_compile):
+            return
+        to_compile[place]()
+
+
+def num_cores() -> int:
+    """Those that this process may use."""
+    return min(len(os.sched_getaffinity(0)), len(to_compile))
 
 
 def call_all() -> None:

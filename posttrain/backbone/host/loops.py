@@ -15,7 +15,7 @@ import numba
 from llvmlite import binding
 from numba import types
 
-from posttrain.backbone.host import BUILDING, kept_in
+from posttrain.compiled_loops import BUILDING, kept_in
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -1,17 +1,14 @@
 """The loops' parts give what float64 gives; a row's bits do not depend on the rows beside it."""
 
 import sys
-from pathlib import Path
 from typing import Any
 
-import numba
 import numpy as np
 import pytest
 import torch
 
-from posttrain.backbone import host
 from posttrain.backbone.decode_keys import best as best_in_torch
-from posttrain.backbone.host import attention, experts, kept_in, rows, sinkhorn, streams, sums
+from posttrain.backbone.host import attention, experts, rows, sinkhorn, streams, sums
 from posttrain.backbone.host.attention import best
 from posttrain.backbone.host.loops import loop
 from posttrain.backbone.host.sinkhorn import BLOCK
@@ -156,54 +153,3 @@ def test_no_loop_calls_another_compiled_function() -> None:
     for x in own:
         called = (vars(sys.modules[x.__module__]).get(name) for name in x.py_func.__code__.co_names)
         assert all(is_within(y) for y in called if isinstance(y, dispatcher)), x
-
-
-def test_loops_are_kept_by_the_text_of_all_of_them_and_go_without_where_nothing_can_be_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("NUMBA_CACHE_DIR", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    kept_in.cache_clear()
-    folder = Path(kept_in())
-    assert folder.parent == tmp_path / "posttrain"
-    assert folder.is_dir()
-    own = Path(host.__file__).parent / "sums.py"
-    read_bytes = Path.read_bytes
-    monkeypatch.setattr(
-        Path, "read_bytes", lambda path: read_bytes(path) + (b"#" if path == own else b"")
-    )
-    kept_in.cache_clear()
-    assert Path(kept_in()) != folder
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    kept_in.cache_clear()
-    try:
-        assert kept_in() == ""
-        assert loop(thrice)(2) == 6
-        config: Any = vars(numba)["config"]
-        assert config.CACHE_DIR == ""
-    finally:
-        kept_in.cache_clear()
-
-
-def test_where_the_loops_cannot_be_compiled_torch_does_it_and_what_is_built_is_taken(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.delenv("NUMBA_CACHE_DIR", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(host.sys, "executable", "false")
-    try:
-        kept_in.cache_clear()
-        host.is_built.cache_clear()
-        assert not host.use_host_loops(torch.zeros(1))
-        assert "torch stands in" in caplog.text
-        (Path(kept_in()) / "done").touch()
-        host.is_built.cache_clear()
-        assert host.use_host_loops(torch.zeros(1))
-    finally:
-        kept_in.cache_clear()
-        host.is_built.cache_clear()
-
-
-def thrice(x: int) -> int:
-    return 3 * x

@@ -10,6 +10,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from fake_driver import make_work
+
+from posttrain import compiled_loops
+from posttrain.errors import StageError
+from posttrain.pipeline.run import run_work
 
 pytestmark = pytest.mark.ray
 
@@ -192,3 +197,26 @@ def test_a_stage_that_dies_twice_names_its_log(start: Callable[..., Run]) -> Non
     assert str(log) in said
     assert "StageError: the process of stage base died 2 times" in said
     assert run.processes() == {}
+
+
+def test_loops_are_compiled_before_the_cluster_starts_and_the_driver_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delenv("NUMBA_CACHE_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(compiled_loops.sys, "executable", "false")  # nothing is compiled here
+
+    def start(*_: object) -> None:
+        assert "compiling the backbone's loops" in caplog.text
+        raise StageError("far enough")
+
+    monkeypatch.setattr("posttrain.pipeline.run.Cluster", start)
+    caches = compiled_loops.kept_in, compiled_loops.is_built
+    for cache in caches:
+        cache.cache_clear()
+    try:
+        with pytest.raises(StageError, match="far enough"):
+            run_work(make_work("crash", tmp_path / "run"))
+    finally:
+        for cache in caches:
+            cache.cache_clear()
