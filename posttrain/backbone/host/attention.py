@@ -162,6 +162,7 @@ def choose(
     weight_Th = np.empty((len(x_TH), heads), np.float32)
     product(x_TH, own.index_weight_hH, weight_Th, 0, 0)
     dot_Eh, score_E = np.empty((reach, heads), np.float32), np.empty(reach, np.float32)
+    q_ch = np.empty((size, heads), np.float32)
     for t in range(len(x_TH)):
         seen = min((tokens.position_T[t] + 1) // rate, room)
         if seen <= top_k:
@@ -171,7 +172,10 @@ def choose(
         q_hc = q_TX[t].reshape(heads, size)
         for h in range(heads):
             rotate(q_hc[h], turn_TrZ[t], np.float32(1.0))
-        product(key_BEc[tokens.slot_T[t], :seen], q_hc, dot_Eh, 0, 0)
+            for c in range(size):
+                q_ch[c, h] = q_hc[h, c]
+        dot_Eh[:seen] = np.float32(0.0)
+        add_weighted(key_BEc[tokens.slot_T[t], :seen], q_ch, dot_Eh[:seen], 0)
         for e in range(seen):
             score = np.float32(0.0)
             for h in range(heads):
