@@ -19,13 +19,14 @@ import sys
 import tempfile
 import time
 from contextlib import closing
-from itertools import pairwise, product
+from itertools import accumulate, pairwise, product
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
 import yaml
+from charts import chart
 from measured import Json, apart, forget_peak, machine, memory_mib, place, write
 from transformers import TrainerCallback, set_seed
 
@@ -35,6 +36,7 @@ from posttrain.intervals import mean_interval
 from posttrain.job import Job
 from posttrain.metrics import Metrics
 from posttrain.pipeline.recipe import Recipe
+from posttrain.report_plots import Series
 from posttrain.rollout.engine import Engine
 from posttrain.rollout.types import Rollout
 from posttrain.tasks import Task, heldout_rows
@@ -43,6 +45,8 @@ from specialists.config import GrpoStage
 
 PEERS = ("posttrain", "TRL on ours")
 NUM_SAMPLES = 4
+ALONG = {"thousand own tokens": "own_tokens", "processor seconds": "seconds"}
+"""What a reward is drawn over, and where its numbers are."""
 
 
 def main() -> None:
@@ -71,6 +75,9 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as out:
             found["rows"].append(apart("--worker", peer, out, str(seed)))
         write(arguments.page, data, page)
+        for along in ALONG:
+            path = arguments.page.with_name(f"grpo-{arguments.domain}-{along.split()[-1]}.svg")
+            path.write_text(picture(found["rows"], along), encoding="utf-8")
 
 
 def measure(peer: str, config: GrpoStage, start: Path, out: Path, run: Path, *, seed: int) -> Json:
@@ -97,7 +104,10 @@ def measure(peer: str, config: GrpoStage, start: Path, out: Path, run: Path, *, 
         peak = memory_mib("VmHWM") - base
         score = scored(model, task, spec)
     seconds = [after - before for before, after in pairwise(clock.ends)]
+    count = min(len(clock.rewards), len(clock.ends))
     return {
+        "own_tokens": [total / 1e3 for total in accumulate(clock.tokens[:count])],
+        "seconds": [end - clock.start for end in clock.ends[:count]],
         "peer": peer,
         "seed": seed,
         "steps": len(seconds) + 1,
@@ -130,10 +140,14 @@ class Clock(TrainerCallback):
     """Processor time at the end of each step, and of each step's sampling."""
 
     def __init__(self) -> None:
+        self.start = 0.0
         self.ends: list[float] = []
         self.sampling: list[float] = []
         self.tokens: list[int] = []
         self.rewards: list[float] = []
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self.start = time.process_time()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         self.ends.append(time.process_time())
@@ -221,6 +235,20 @@ def scored(model: Any, task: Task, spec: DomainSpec) -> list[float]:
     return [fmean(means), interval.low, interval.high]
 
 
+def picture(rows: list[Json], along: str) -> str:
+    """Each training's mean reward, of five steps up to each."""
+    lines = [
+        Series(
+            row["peer"],
+            row[ALONG[along]],
+            [fmean(row["rewards"][max(0, i - 4) : i + 1]) for i in range(len(row[ALONG[along]]))],
+            PEERS.index(row["peer"]) + 1,
+        )
+        for row in rows
+    ]
+    return chart(lines, unit="reward", along=along)
+
+
 def page(data: Json) -> str:
     """docs/grpo-speed.md."""
     lines = [
@@ -244,6 +272,8 @@ def section(name: str, found: Json) -> list[str]:
         f"## {name}",
         "",
         f"{found['date']}, load {found['load']} at the start.",
+        "",
+        *(f"![reward over {along}](grpo-{name}-{along.split()[-1]}.svg)" for along in ALONG),
         "",
         "| | seed | steps | prompt tokens | own tokens | s a step | sampling | tokens/s | peak MiB "
         "| score |",
