@@ -27,9 +27,6 @@ from posttrain.backbone.swiglu import shared, swiglu, weighted, weighted_backwar
 ROWS = 16
 """From so many rows on, torch's CPU products round each row alike, however many there are."""
 
-LITTLE = 1 << 16
-"""Numbers in an expert's first matrix up to which calls take longer than a block's products."""
-
 grouped_mm: Any = getattr(F, "grouped_mm", None) or vars(torch)["_grouped_mm"]  # before 2.10
 
 
@@ -123,11 +120,9 @@ class V4SparseMoeBlock(stock.DeepseekV4SparseMoeBlock):
     def _routed(self, x_TH: Tensor, routes: Routes, real_X: Tensor | None) -> Tensor:
         """What the routed experts give of `real_X`, the tokens that are not filling; None: all."""
         args: tuple[Any, ...] = x_TH, routes.expert_Tk, routes.weight_Tk
-        experts: Any = self.experts
-        is_plain = type(self.experts) is V4Experts and is_by_all(x_TH, experts.gate_up_proj)
-        if real_X is None or len(real_X) == len(x_TH) or is_plain:
-            return experts(*args)
-        out_XH = experts(*(x.index_select(0, real_X) for x in args))
+        if real_X is None or len(real_X) == len(x_TH):
+            return self.experts(*args)
+        out_XH = self.experts(*(x.index_select(0, real_X) for x in args))
         return torch.zeros_like(x_TH).index_copy_(0, real_X, out_XH)
 
 
@@ -192,8 +187,6 @@ def served(
     """The output of `routed` on CPU, with nothing kept and in fewer calls. What a token gets does
     not depend on how many others go to its experts: each product has at least `ROWS` rows, the
     last of them those of the experts after it, whose own products then write over theirs."""
-    if is_by_all(x_TH, gate_up_EJH):
-        return _served_by_all(x_TH, weight_Tk, gate_up_EJH, down_EHI, expert_Tk, serving)
     expert_R, top_k = expert_Tk.flatten(), expert_Tk.shape[1]
     if not len(expert_R):
         return torch.zeros_like(x_TH)
@@ -210,33 +203,6 @@ def served(
     out_PH = _products(hidden_PI, rounded(down_EHI, x_TH, serving), spans)
     out_RH = torch.empty_like(out_PH[:first]).index_copy_(0, order_R, out_PH[:first])
     return out_RH.view(len(x_TH), top_k, -1).sum(1)
-
-
-def is_by_all(x_TH: Tensor, gate_up_EJH: Tensor) -> bool:
-    """Whether all experts see all tokens, in a few calls: `ROWS` of them, so that each product has
-    as many rows as it would have had."""
-    return len(x_TH) == ROWS and gate_up_EJH[0].numel() <= LITTLE
-
-
-def _served_by_all(
-    x_TH: Tensor,
-    weight_Tk: Tensor,
-    gate_up_EJH: Tensor,
-    down_EHI: Tensor,
-    expert_Tk: Tensor,
-    serving: Serving,
-) -> Tensor:
-    """`served`, of one block of tokens."""
-    num_experts, tokens = len(gate_up_EJH), len(x_TH)
-    gate_up_TX = x_TH @ rounded(gate_up_EJH, x_TH, serving).flatten(0, 1).mT
-    gate_TEI, up_TEI = gate_up_TX.view(tokens, num_experts, -1).chunk(2, dim=-1)
-    hidden_TEI = swiglu(gate_TEI, up_TEI, serving.limit)
-    weight_TE = weight_Tk.new_zeros(tokens, num_experts).scatter_(1, expert_Tk, weight_Tk)
-    hidden_TEI.mul_(weight_TE.unsqueeze(-1))
-    hidden_TEI = fake_fp8_activation(hidden_TEI) if serving.rounds_inputs else hidden_TEI
-    out_ETH = torch.bmm(hidden_TEI.transpose(0, 1), rounded(down_EHI, x_TH, serving).mT)
-    place_Tk = expert_Tk * tokens + torch.arange(tokens, device=x_TH.device).unsqueeze(1)
-    return F.embedding(place_Tk, out_ETH.flatten(0, 1)).sum(1)
 
 
 def _products(rows_PA: Tensor, weight_EBA: Tensor, spans: Sequence[slice]) -> Tensor:
