@@ -159,12 +159,22 @@ def past_of(cache: V4Cache) -> list[tuple[F32, Store, Store]]:
 
 
 def _choices(block: Any, token_id_T: Tensor, tape: RouteTape | None) -> tuple[I64, Choices]:
-    """The experts that the layer is told, and room for what its router gives."""
+    """The experts that the layer is told, and room for what its router gives.
+
+    Raises IndexError: it is told of an expert that there is not."""
     gate, replay_Tk = block.gate, tape.replay(block.layer_idx) if tape else None
     num = len(token_id_T)
     told_Tk = told(gate, token_id_T, num, is_hash=block.is_hash, replay_Tk=replay_Tk)
     choices = arrays.choices(num, len(gate.weight), gate.top_k)
-    return NONE_I2 if told_Tk is None else told_Tk.numpy(), choices
+    if told_Tk is None:
+        return NONE_I2, choices
+    found_Tk = told_Tk.contiguous().numpy()
+    if (last := found_Tk.max(initial=-1)) >= len(gate.weight):
+        raise IndexError(
+            f"layer {block.layer_idx} is told to use expert {last}, but has {len(gate.weight)}: "
+            "its hash table or the replayed routes are another model's"
+        )
+    return found_Tk, choices
 
 
 def _record(tape: RouteTape, block: Any, choices: Choices) -> None:

@@ -10,10 +10,11 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from transformers.models.deepseek_v4 import modeling_deepseek_v4 as stock
 
-from posttrain.backbone.attention import GroupedLinear
+from posttrain.backbone.attention import GroupedLinear, V4Attention
 from posttrain.backbone.decode_norm import is_bare
-from posttrain.backbone.experts import V4Experts, V4SharedExpert
+from posttrain.backbone.experts import V4Experts, V4SharedExpert, V4SparseMoeBlock
 from posttrain.backbone.host import arrays
 from posttrain.backbone.host.arrays import (
     NO_COMPRESSOR,
@@ -22,6 +23,8 @@ from posttrain.backbone.host.arrays import (
     Connection,
     Experts,
 )
+from posttrain.backbone.hyper_connections import V4HyperConnection, V4HyperHead
+from posttrain.backbone.layer import V4DecoderLayer
 from posttrain.backbone.norm import V4RMSNorm, V4UnweightedRMSNorm
 
 
@@ -50,10 +53,10 @@ class Weights:
         self._config = model.config
         self._own = [module.__dict__ for module in modules]
         self._hooks = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+        owners = [own for m in modules for own in (m._modules, m._parameters, m._buffers)]
         slots = [
             (owner, name, x)
-            for module in modules
-            for owner in (module._modules, module._parameters, module._buffers)
+            for owner in (model._modules, *owners)
             for name, x in owner.items()
             if x is not None
         ]
@@ -109,8 +112,11 @@ def is_plain(model: Any) -> bool:
     config = model.config
     if config.fake_quantization or config.scoring_func != "sqrtsoftplus":
         return False
-    tensors = chain(model.layers.parameters(), model.hc_head.parameters())
-    if not all(_is_plain_tensor(x) for x in tensors):
+    parts = model.layers, model.hc_head, model.norm
+    if not all(_is_plain_tensor(x) for x in chain(*(part.parameters() for part in parts))):
+        return False
+    ends = (V4RMSNorm, model.norm), (V4HyperHead, model.hc_head)
+    if not all(type(module) is kind and is_bare(module) for kind, module in ends):
         return False
     return all(_is_plain(layer) for layer in model.layers)
 
@@ -139,6 +145,11 @@ def _is_plain(layer: Any) -> bool:
         (GroupedLinear, attention.o_a_proj),
         (V4Experts, block.experts),
         (V4SharedExpert, shared),
+        (V4SparseMoeBlock, block),
+        (stock.DeepseekV4HashRouter if block.is_hash else stock.DeepseekV4TopKRouter, block.gate),
+        (V4Attention, attention),
+        (V4DecoderLayer, layer),
+        *[(V4HyperConnection, x) for x in (layer.attn_hc, layer.ffn_hc)],
     ]
     return all(x.bias is None for x in linear) and all(
         type(module) is kind and is_bare(module) for kind, module in kinds

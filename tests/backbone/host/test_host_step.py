@@ -190,6 +190,66 @@ def test_weights_that_are_written_replaced_or_wrapped_are_seen_by_the_next_step(
     assert len(counted) == 5
 
 
+def test_an_expert_that_is_told_twice_counts_twice_and_one_that_is_not_there_is_named(
+    counted: list[int],
+) -> None:
+    model: Any = small_model(n_routed_experts=6).eval().model
+    ids, live = draw(torch.Generator().manual_seed(0), 20), torch.ones(20, dtype=torch.long)
+
+    def replay(expert_LTk: Tensor) -> Tensor:
+        cache = V4Cache(model.config, 20, like=model.embed_tokens.weight)
+        tape = RouteTape(len(model.layers), ExpertChoices(expert_LTk))
+        return model.decode(ids, cache, live, tape=tape)
+
+    twice = torch.full((len(model.layers), 20, 2), 4)
+    twice[:, ::2, 1] = -1  # the gate's own second, which may be the one that is told
+    found = replay(twice)
+    assert counted == [20]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decode_step, "use_host_loops", lambda *_: False)
+        torch.testing.assert_close(found, replay(twice), atol=2e-5, rtol=0)
+    twice[1, 3, 0] = 6
+    with pytest.raises(IndexError, match="layer 1 is told to use expert 6, but has 6"):
+        replay(twice)
+
+
+@pytest.mark.parametrize("path", ["norm", "hc_head", "layers.1.mlp.gate", "layers.0.attn_hc"])
+def test_a_module_that_is_wrapped_goes_by_torch(path: str, counted: list[int]) -> None:
+    model: Any = small_model().eval().model
+    step_of(model)
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, Passing(model.get_submodule(path)))
+    step_of(model)
+    assert len(counted) == 1
+
+
+class Passing(torch.nn.Module):
+    """As PEFT's `modules_to_save`, whose weights are those of the adapter in use."""
+
+    def __init__(self, wrapped: torch.nn.Module) -> None:
+        super().__init__()
+        self.wrapped = wrapped
+
+    def __getattr__(self, name: str) -> Any:
+        return self._modules["wrapped"] if name == "wrapped" else getattr(self.wrapped, name)
+
+    def forward(self, *args: Any) -> Any:
+        return self.wrapped(*args)
+
+
+def test_a_forward_of_its_own_and_rounding_are_seen_by_the_next_step(counted: list[int]) -> None:
+    model: Any = small_model().eval().model
+    first, proj = step_of(model), model.layers[1].self_attn.o_b_proj
+    proj.forward = lambda x: 2 * torch.nn.functional.linear(x, proj.weight)
+    assert not torch.equal(step_of(model), first)
+    del proj.forward
+    assert torch.equal(step_of(model), first)
+    assert len(counted) == 2
+    model.config.fake_quantization = ["kv"]
+    assert not torch.equal(step_of(model), first)
+    assert len(counted) == 2
+
+
 class Doubled(torch.nn.Module):
     """An adapter of the experts."""
 
