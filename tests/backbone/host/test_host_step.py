@@ -95,6 +95,47 @@ def test_steps_of_random_configurations_are_torchs(seed: int, counted: list[int]
         torch.testing.assert_close(a.double(), b.double(), atol=2e-5, rtol=0)
 
 
+def test_biases_choose_and_clamps_cut_as_in_torch() -> None:
+    model: Any = small_model(n_routed_experts=6, swiglu_limit=0.05).eval().model
+    for layer in model.layers[1:]:
+        layer.mlp.gate.e_score_correction_bias.copy_(torch.tensor([0.0, 0.3, -0.3, 0.1, 0.2, -1]))
+    found = run(model, 4)
+    wanted = run(model.double(), 4, in_loops=False)
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a.double(), b.double(), atol=2e-5, rtol=0)
+
+
+def test_of_experts_with_equal_scores_the_lowest_are_chosen() -> None:
+    model: Any = small_model(n_routed_experts=6, num_experts_per_tok=2).eval().model
+    for layer in model.layers[1:]:
+        gate = layer.mlp.gate
+        gate.weight.data[[1, 3, 4]] = gate.weight.data[3].clone()
+        gate.e_score_correction_bias.copy_(torch.tensor([0.0, 9, 0, 9, 9, 0]))
+    tape = RouteTape(len(model.layers))
+    cache = V4Cache(model.config, 33, like=model.embed_tokens.weight)
+    ids = draw(torch.Generator().manual_seed(1), 33)
+    model.decode(ids, cache, torch.ones_like(ids), tape=tape)
+    assert (tape.choices.expert_LTk[1:] == torch.tensor([1, 3])).all()
+
+
+def test_a_token_that_is_no_number_is_its_own_slots_trouble() -> None:
+    model: Any = small_model(n_routed_experts=6, index_topk=2).eval().model
+    with torch.no_grad():
+        model.embed_tokens.weight[5] = float("nan")
+
+    def decode(token: int) -> Tensor:
+        cache = V4Cache(model.config, 20, like=model.embed_tokens.weight)
+        ids, live = torch.full((20,), 7), torch.ones(20, dtype=torch.long)
+        for position in range(14):
+            ids[3] = token if position == 3 else 7
+            hidden = model.decode(ids, cache, live)
+        return hidden
+
+    spoilt, well, others = decode(5), decode(6), torch.arange(20) != 3
+    assert spoilt[3].isnan().all()
+    assert torch.equal(spoilt[others], well[others])
+
+
 def test_a_row_is_the_same_bits_in_any_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     model: Any = small_model(n_routed_experts=4, index_topk=3).eval().model
     alone = run(model, 3)
