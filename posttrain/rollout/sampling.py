@@ -18,6 +18,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from posttrain.backbone.host import use_host_loops
+
 
 class Draw(NamedTuple):
     """What rows sampled."""
@@ -56,6 +58,13 @@ def sample(
 ) -> Draw:
     """One token a row; None: 1, 1 and 0 in every row. Temperature 0 is greedy: the lowest of the
     best tokens."""
+    whole = None
+    if use_host_loops(logits_BV):
+        from posttrain.backbone.host.draw import draw  # imports numba
+
+        whole = draw(logits_BV, uniform_B, temperature_B)
+        if top_p_B is None and top_k_B is None:
+            return Draw(*whole, whole[1], None)
     tempered = logits_BV.double()
     if temperature_B is not None:
         tempered = tempered / torch.where(temperature_B == 0, 1.0, temperature_B)[:, None]
@@ -71,12 +80,15 @@ def sample(
     if temperature_B is not None:
         best_B1 = logits_BV.argmax(dim=-1, keepdim=True)
         token_B1 = torch.where(temperature_B[:, None] == 0, best_B1, token_B1)
-    logp_B = whole_BV.gather(1, token_B1).squeeze(1).log()
-    kept_logp_B = logp_B
-    if keep_BV is not None:
-        is_cut_B = ~keep_BV.all(dim=-1)
-        kept_logp_B = torch.where(is_cut_B, logp_B - mass_B1.squeeze(1).log(), logp_B)
-    return Draw(token_B1.squeeze(1), logp_B, kept_logp_B, keep_BV)
+    token_B, logp_B = token_B1.squeeze(1), whole_BV.gather(1, token_B1).squeeze(1).log()
+    if keep_BV is None:
+        return Draw(token_B, logp_B, logp_B, None)
+    is_cut_B = ~keep_BV.all(dim=-1)
+    if whole is not None:  # a row that nothing is cut of is as beside others of its kind
+        token_B = torch.where(is_cut_B, token_B, whole[0])
+        logp_B = torch.where(is_cut_B, logp_B, whole[1])
+    kept_logp_B = torch.where(is_cut_B, logp_B - mass_B1.squeeze(1).log(), logp_B)
+    return Draw(token_B, logp_B, kept_logp_B, keep_BV)
 
 
 def _support(p_BV: Tensor, top_p_B: Tensor | None, top_k_B: Tensor | None) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 
 from posttrain.backbone import V4Cache, V4ForCausalLM, preset_config
 from posttrain.backbone.chunks import Chunk, step
+from posttrain.backbone.host.draw import draw
 from posttrain.backbone.host.loops import to_compile
 
 
@@ -46,7 +47,7 @@ def num_cores() -> int:
 
 
 def call_all() -> None:
-    """A small model reads, learns, decodes, and reads in chunks."""
+    """A small model reads, learns, decodes, reads in chunks, and samples."""
     tokens = 48
     config = preset_config("tiny", vocab_size=64, bos_token_id=0, eos_token_id=1, pad_token_id=2)
     config.update({"hidden_size": 32, "index_topk": 4, "sliding_window": 8})
@@ -61,6 +62,7 @@ def call_all() -> None:
         cache.length_B += reach
     live_B[0] = 0
     step(model.model, cache, token_B=token_B, is_live_B=live_B, chunk=chunk, reach=64)
+    draw(torch.zeros(16, 64), torch.zeros(16, dtype=torch.float64), None)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,24 @@
 """Sampling is seeded, unbiased, and blind to the rows beside it."""
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
+from posttrain.backbone.host import use_host_loops
+from posttrain.rollout import sampling
 from posttrain.rollout.sampling import Draw, sample, stream_key
 from posttrain.rollout.sampling import uniform as uniforms
+
+
+@pytest.fixture(autouse=True, params=["loops", "torch"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every law holds of both."""
+    if request.param == "torch":
+        monkeypatch.setattr(sampling, "use_host_loops", lambda _: False)
+    elif not use_host_loops(torch.zeros(1)):
+        pytest.skip("there are no loops here")
+    return request.param
 
 
 def uniform(key: int, position: int) -> float:
@@ -138,3 +151,39 @@ def test_a_row_that_nothing_is_cut_of_draws_the_same_beside_rows_that_are_cut() 
     assert int(mixed.keep_BV[is_cut].sum(-1).max()) <= 3
     for a, b in zip(alone[:3], mixed[:3], strict=True):
         assert torch.equal(a[~is_cut], b[~is_cut])
+
+
+@pytest.mark.parametrize("size", [1, 2, 63, 64, 65, 500, 4097])
+def test_tokens_and_logprobs_are_those_of_float64(size: int) -> None:
+    """Held against cumulative sums of numpy's; what is within rounding of a border may fall on
+    either side of it."""
+    generator = torch.Generator().manual_seed(size)
+    logits = torch.randn(200, size, generator=generator) * 8
+    logits[50:100] += 1e4
+    logits[100:150] *= 1e3
+    logits[:, size // 2 + 1 :: 3] = float("-inf")
+    u = torch.rand(200, generator=generator, dtype=torch.float64)
+    heat = torch.rand(200, generator=generator, dtype=torch.float64) * 3 + 0.05
+    drawn = sample(logits, u, temperature_B=heat)
+    less = logits.double() - logits.double().max(dim=1, keepdim=True).values
+    scaled = less.numpy() / heat.numpy()[:, None]
+    logp = scaled - np.logaddexp.reduce(scaled, axis=1, keepdims=True)
+    token = drawn.token_B.numpy()
+    rows = np.arange(200)
+    np.testing.assert_allclose(drawn.logp_B.numpy(), logp[rows, token], rtol=1e-12, atol=1e-12)
+    after = np.exp(logp).cumsum(axis=1)
+    before = np.where(token > 0, after[rows, token - 1], 0.0)
+    assert (before <= u.numpy() + 1e-12).all()
+    assert (u.numpy() < after[rows, token] + 1e-12).all()
+    assert np.isfinite(logp[rows, token]).all()
+
+
+def test_any_number_of_threads_draws_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(2)
+    logits = torch.randn(21, 300, generator=generator)
+    u = torch.rand(21, generator=generator, dtype=torch.float64)
+    one = draw(logits, u)
+    monkeypatch.setattr("posttrain.backbone.host.threads.WORTH", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    for a, b in zip(one[:3], draw(logits, u)[:3], strict=True):
+        assert torch.equal(a, b)
