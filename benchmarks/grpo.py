@@ -15,13 +15,14 @@ only several seeds tell how far two trainings differ by chance.
 
 import argparse
 import json
+import math
 import sys
 import tempfile
 import time
 from contextlib import closing
 from itertools import accumulate, pairwise, product
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any
 
 import torch
@@ -295,10 +296,13 @@ def section(name: str, found: Json) -> list[str]:
         for key in ("rollout_s", "step_s")
     )
     mean = [fmean(row["score"][0] for row in of_peer) for of_peer in (ours, trl)]
+    more = [a["score"][0] - b["score"][0] for a, b in zip(ours, trl, strict=False)]
+    error = stdev(more) / len(more) ** 0.5 if len(more) > 1 else math.nan
     lines += [
         "",
         f"Over the seeds sampling is {rollout:.2f} times as fast as TRL's, the step {step:.2f}",
-        f"times, and the score {mean[0]:.3f} where TRL's is {mean[1]:.3f}.",
+        f"times, and the score {mean[0]:.3f} where TRL's is {mean[1]:.3f}: a difference of",
+        f"{fmean(more):+.3f}, with a standard error of {error:.3f}.",
         "",
         "Mean reward, in parts of five steps:",
         "",
