@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from threading import Semaphore, Thread
 from typing import Any
@@ -31,6 +32,7 @@ from transformers.models.deepseek_v4 import DeepseekV4ForCausalLM
 
 from posttrain.backbone import V4Cache, V4ForCausalLM, preset_config
 from posttrain.backbone.fake_quant import PARTS
+from posttrain.backbone.feed import Ahead, weights_for_loops
 from posttrain.backbone.presets import PRESETS
 from posttrain.tokenizer import build_tokenizer
 
@@ -44,7 +46,8 @@ class Row:
     """`Row("train", 64, 32)`: forward and backward of 64 rows of 32 tokens."""
 
     kind: str
-    """"train", "decode" (eager) or "compiled" (the step as one graph)."""
+    """"train", "decode" (eager), "ahead" (steps of the same rows, in numba's loops) or "compiled"
+    (the step as torch's one graph)."""
     rows: int
     tokens: int
     is_long: bool = False
@@ -58,8 +61,12 @@ class Row:
 
     @property
     def name(self) -> str:
-        step = {"train": "forward + backward", "decode": "decode step, eager"}
-        what = step.get(self.kind, "decode step, compiled")
+        what = {
+            "train": "forward + backward",
+            "decode": "decode step, eager",
+            "ahead": "decode step, one of several in loops",
+            "compiled": "decode step, compiled by torch",
+        }[self.kind]
         if self.kind != "train":
             return f"{what}, {self.rows} rows"
         again = ", layers computed again" if self.recomputes else ""
@@ -70,6 +77,7 @@ ROWS = (
     Row("train", 64, 32, target=2.3),
     Row("train", 16, 128, target=2.3),
     Row("decode", 64, 1, repeats=31, target=2.0),
+    Row("ahead", 64, 1, repeats=31, target=5.0),
     Row("train", 1, 4096, is_long=True, repeats=3, target=10.0),
     Row("train", 1, 8192, is_long=True, repeats=1, target=18.0),
     Row("train", 1, 8192, is_long=True, recomputes=True, has_stock=False, repeats=1),
@@ -223,7 +231,7 @@ def build(row: Row, name: str) -> Step:
     ids = torch.randint(3, config.vocab_size, (row.rows, longest), generator=generator)
     if name == "stock":
         return stock_decode(model.eval(), ids, row.repeats)
-    return our_decode(model.eval(), ids, is_compiled=row.kind == "compiled", repeats=row.repeats)
+    return our_decode(model.eval(), ids, row.kind, repeats=row.repeats)
 
 
 def train_step(model: Any, ids: Tensor) -> None:
@@ -231,25 +239,32 @@ def train_step(model: Any, ids: Tensor) -> None:
     model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
 
 
-def our_decode(model: Any, ids: Tensor, *, is_compiled: bool, repeats: int) -> Step:
-    """One token more in every row, rows of their own lengths, as the rollout engine does it."""
+def our_decode(model: Any, ids: Tensor, kind: str, *, repeats: int) -> Step:
+    """One token more in every row, rows of their own lengths: by `decode`, or by what the rollout
+    engine takes for several steps of the same rows."""
     first, last = DECODED_LENGTHS
     lengths = torch.linspace(first, last, len(ids)).int().tolist()
     cache = V4Cache(model.config, len(ids), like=model.lm_head.weight)
     cache.reserve(last + repeats + 2)
     prompts = [row[:n].tolist() for row, n in zip(ids, lengths, strict=True)]
     model.model.prefill(prompts, cache, list(range(len(ids))))
-    decode = model.model.decode
-    if is_compiled:
-        from posttrain.backbone.compiled import compiled_decode  # starts a compiler
-
-        decode = compiled_decode(model.model)
     is_live_B, token_B = torch.ones(len(ids), dtype=torch.long), ids[:, -1]
+
+    if kind == "ahead":
+        weights = weights_for_loops(model.model)
+        decode: Any = Ahead(model.model, weights, cache, range(len(ids)), repeats + 2).step
+    else:
+        whole = model.model.decode
+        if kind == "compiled":
+            from posttrain.backbone.compiled import compiled_decode  # starts a compiler
+
+            whole = compiled_decode(model.model)
+        decode = partial(whole, cache=cache, is_live_B=is_live_B)
 
     @torch.no_grad()
     def step() -> None:
         nonlocal token_B
-        token_B = model.lm_head(decode(token_B, cache, is_live_B)).argmax(-1)
+        token_B = model.lm_head(decode(token_B)).argmax(-1)
 
     return step
 
@@ -287,7 +302,8 @@ def page(data: Json) -> str:
         "",
         f"{place(data)}, fp32, same weights. Written by `benchmarks/backbone.py`, which says how; "
         "ratios are of processor time; the load is the machine's when the row began. A decode step "
-        "is eager where torch compiles nothing (numba does, host/), compiled by compiled.py. The "
+        "is eager where torch compiles nothing (numba does, host/), or one of several of the same "
+        "rows as the rollout engine takes them (feed.py), or compiled by torch (compiled.py). The "
         "last two columns: ours with all of serving's rounding (fake_quant.py), and its memory "
         "over that without.",
         "",
