@@ -1,6 +1,6 @@
 """Which prompts GRPO visits: fresh ones, and again those that it neither always nor never solves.
 
-A prompt teaches where its group's rewards differ. What was measured is written down, a line a
+A prompt teaches where its group's scores differ. What was measured is written down, a line a
 group, so that a resumed run chooses as an undisturbed one does.
 """
 
@@ -46,7 +46,7 @@ class Curriculum:
         if (task, planned.id) not in self._has_spread:
             return planned
         fresh = [row for row in rows if (task, row.id) not in self._has_spread]
-        return rng.choice(fresh) if fresh else planned
+        return rng.choice(fresh or known or [planned])
 
     def record(self, step: int, task: int, row: Row, *, has_spread: bool) -> None:
         """What a group showed of its prompt."""

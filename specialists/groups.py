@@ -48,6 +48,11 @@ class Group:
         return [score.reward - penalty for score, penalty in pairs]
 
     @property
+    def judged(self) -> set[float]:
+        """The different scores, whatever an answer's length costs."""
+        return {score.reward for score in self.scores if not math.isnan(score.reward)}
+
+    @property
     def spread(self) -> float:
         """The rewards' standard deviation; where it is 0, so is every advantage."""
         known = [reward for reward in self.rewards if not math.isnan(reward)]
@@ -122,7 +127,9 @@ class GroupSampler:
             if all(map(math.isnan, group.rewards)):
                 continue  # nobody could judge: nothing was measured
             task, row = self.visits[visit][0], self._row(visit, 0)
-            self._curriculum.record(self.engine.version, task, row, has_spread=group.spread > 0)
+            self._curriculum.record(
+                self.engine.version, task, row, has_spread=len(group.judged) > 1
+            )
 
     def read_metrics(self) -> dict[str, float]:
         """Those of the last sampling, once."""

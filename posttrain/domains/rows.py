@@ -113,7 +113,30 @@ def _messages(value: object, where: str, name: str, *, before: str = "system") -
         messages.append(message)
     if before == "latest_reminder":
         raise _wrong(where, f"{name}[{len(messages) - 1}]", value[-1], "a message after a reminder")
-    return messages
+    return _in_call_order(cast("list[Mapping[str, Any]]", value), messages, where, name)
+
+
+def _in_call_order(
+    raw: Sequence[Mapping[str, Any]], messages: list[Message], where: str, name: str
+) -> list[Message]:
+    """With the results of a message's tool calls in the order of the calls, where both have ids:
+    the encoding has none."""
+    found, ids, first = list(messages), list[Any](), 0
+    for i, message in enumerate(messages):
+        if message["role"] == "assistant":
+            ids = [call.get("id") for call in raw[i].get("tool_calls") or []]
+        if message["role"] != "tool":
+            first = i + 1
+            continue
+        told = [raw[k].get("tool_call_id") for k in range(first, i + 1)]
+        if not (ids and all(ids) and all(told)):
+            continue
+        if told[-1] not in ids or told[-1] in told[:-1]:
+            expected = f"the id of a call that has no result yet, of {ids}"
+            raise _wrong(where, f"{name}[{i}].tool_call_id", told[-1], expected)
+        block = zip(map(ids.index, told), range(first, i + 1), strict=True)
+        found[first : i + 1] = [messages[k] for _, k in sorted(block)]
+    return found
 
 
 def _message(value: object, where: str, name: str) -> Message:

@@ -3,6 +3,8 @@
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +70,40 @@ def test_openais_tool_calls_are_understood() -> None:
         result,
         {"role": "assistant", "content": "37", "reasoning": "so"},
     ]
+
+
+def talk(*told: str | None, ids: Sequence[str | None] = ("a", "b", "c")) -> list[dict[str, Any]]:
+    """Calls with these ids, and results that name theirs, each with its id as its text."""
+    function = {"name": "get", "arguments": {"key": "qfz"}}
+    calls = [{"function": function, **({"id": i} if i else {})} for i in ids]
+    results = [
+        {"role": "tool", "content": i or "none", **({"tool_call_id": i} if i else {})} for i in told
+    ]
+    return [{"role": "assistant", "content": "", "tool_calls": calls}, *results]
+
+
+def test_results_of_tools_go_in_the_order_of_their_calls() -> None:
+    user, done = {"role": "user", "content": "u"}, {"role": "assistant", "content": "done"}
+
+    def order(*told: str | None, **more: Any) -> list[str]:
+        again = talk("b", "a", ids="ab")
+        turns = [*talk(*told, **more), done, user, *again, done]
+        said = row_of({"prompt": "Hi", "demonstration": turns}, where="x").response or []
+        contents = [turn["content"] for turn in said if turn["role"] == "tool"]
+        assert contents[-2:] == ["a", "b"]
+        return contents[:-2]
+
+    for told in permutations("abc"):
+        assert order(*told) == ["a", "b", "c"]
+    assert order("c", "a") == ["a", "c"]
+    assert order("c", None, "a") == ["c", "none", "a"]  # as they stand, where one does not say
+    assert order("b", "a", ids=("a", None)) == ["b", "a"]
+
+
+@pytest.mark.parametrize("told", [["a", "x"], ["b", "b"]])
+def test_a_result_of_no_call_or_a_second_one_is_refused(told: list[str]) -> None:
+    with pytest.raises(DataError, match=r"demonstration\[2\]\.tool_call_id.*no result yet"):
+        row_of({"prompt": "Hi", "demonstration": talk(*told)}, where="x")
 
 
 GOOD = '{"prompt": "a"}'

@@ -4,8 +4,10 @@ from collections import Counter
 from pathlib import Path
 
 from posttrain.domains import Row
+from rewards.score import Score
 from specialists.config import CurriculumConfig
 from specialists.curriculum import Curriculum
+from specialists.groups import Group
 
 ROWS = [Row(f"{i:04x}", [{"role": "user", "content": str(i)}]) for i in range(40)]
 
@@ -44,6 +46,12 @@ def test_one_tasks_measures_say_nothing_of_anothers(tmp_path: Path) -> None:
     assert [curriculum.choose(v, 1, ROWS[v], ROWS) for v in range(40)] == ROWS
 
 
+def test_where_nothing_is_fresh_all_visits_are_to_prompts_that_teach(tmp_path: Path) -> None:
+    curriculum = measured(tmp_path / "visits.jsonl", 0.5)
+    chosen = {curriculum.choose(v, 0, ROWS[v % 10], ROWS[:10]).id for v in range(300)}
+    assert chosen == {ROWS[i].id for i in range(0, 10, 2)}
+
+
 def test_where_nothing_is_fresh_or_useful_the_plan_holds(tmp_path: Path) -> None:
     curriculum = Curriculum(tmp_path / "v.jsonl", CurriculumConfig(fresh_share=0.5), seed=0)
     curriculum.begin(0)
@@ -62,3 +70,11 @@ def test_a_resumed_run_chooses_as_if_it_had_not_been_killed(tmp_path: Path) -> N
     after = measured(path, 0.4, step=7)
     assert [after.choose(v, 0, ROWS[v % 40], ROWS) for v in range(200)] == wanted
     assert [line for line in path.read_text().splitlines() if '"step": 7' in line] == []
+
+
+def test_what_length_costs_makes_no_solved_prompt_worth_another_visit() -> None:
+    solved, known = [Score(1.0, ""), Score(1.0, "")], [Score(1.0, ""), Score(0.0, "")]
+    unjudged = Score(float("nan"), "")
+    assert Group([], solved, [0.1, 0.3]).spread > 0
+    assert len(Group([], [*solved, unjudged], [0.1, 0.3, 0.0]).judged) == 1
+    assert len(Group([], known, [0.0, 0.0]).judged) == 2
