@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from markupsafe import Markup
@@ -46,6 +46,8 @@ OPD_PANELS = (
     ("length", "Response length", "tokens"),
 )
 LOSSES = (("base", "base"), ("SFT by domain", "sft/"), ("Best of own answers", "best_of/"))
+TERM = "term/"
+"""What GRPO logs of each term of a reward."""
 NUM_PROMPTS_SHOWN = 2
 MARK = re.compile("(<[^<>]*｜[^<>]*>|</?think>|</?tool_result>)")
 """V4's control tokens inside a transcript."""
@@ -180,7 +182,7 @@ def difference_table(numbers: Numbers, domains: Sequence[str]) -> list[dict[str,
 
 
 def curves(run: Run, domains: Sequence[str]) -> list[dict[str, Any]]:
-    """Small multiples: GRPO's reward, OPD's figures by domain, the supervised losses."""
+    """Small multiples: GRPO's reward, its terms, OPD's figures by domain, supervised losses."""
     grpo = [n for n in run.records if n.startswith("grpo/") and has(run, n, "reward")]
     rewards = [
         Panel(n, "", panel([series_of(run, n, "reward", domains)], "reward", is_share=True))
@@ -199,6 +201,7 @@ def curves(run: Run, domains: Sequence[str]) -> list[dict[str, Any]]:
     by_domain = legend(domains)
     sections = (
         ("Reward of each GRPO step", "mean over the step's samples", rewards, []),
+        ("Terms of the reward", "mean over the step's samples", *term_curves(run, grpo)),
         ("On-policy distillation", "per token and response, by step", distilled, by_domain),
         ("Score over tokens", "sampled, by tokens with loss", *score_curves(run, domains)),
         ("Supervised loss", "nats per token, by step", losses, by_domain),
@@ -208,6 +211,34 @@ def curves(run: Run, domains: Sequence[str]) -> list[dict[str, Any]]:
         for heading, unit, panels, words in sections
         if panels
     ]
+
+
+def term_curves(run: Run, stages: Sequence[str]) -> tuple[list[Panel], list[tuple[str, int]]]:
+    """What the terms of a reward gave, of the stages whose reward has several; and which line is
+    whose."""
+    keys = {
+        stage: sorted({k for r in run.records[stage] for k in r if k.startswith(TERM)})
+        for stage in stages
+    }
+    several = {stage: terms for stage, terms in keys.items() if len(terms) > 1}
+    names = sorted({term for terms in several.values() for term in terms})
+    colours = {name: i % 7 + 1 for i, name in enumerate(names)}
+    panels = [
+        Panel(
+            stage,
+            "",
+            panel(
+                [
+                    replace(series_of(run, stage, term, (), term), colour=colours[term])
+                    for term in terms
+                    if has(run, stage, term)
+                ],
+                "term",
+            ),
+        )
+        for stage, terms in several.items()
+    ]
+    return panels, [(name.removeprefix(TERM), colour) for name, colour in colours.items()]
 
 
 def score_curves(run: Run, domains: Sequence[str]) -> tuple[list[Panel], list[tuple[str, int]]]:

@@ -18,7 +18,7 @@ from posttrain.metrics import Metrics
 from posttrain.report_config import ReportStage
 from posttrain.report_data import read_run
 from posttrain.report_numbers import MACRO, Numbers, compute_numbers
-from posttrain.report_page import score_curves
+from posttrain.report_page import curves, score_curves, term_curves
 from posttrain.report_plots import log_ticks, nice_ticks, running_mean
 from posttrain.report_words import early_stops, percent, signed, verdict
 
@@ -447,6 +447,24 @@ def test_scores_that_no_judge_could_give_are_left_out_of_their_curves(
     assert [panel.title for panel in panels] == [MACRO, "mathematics", "agent", "instructions"]
     same = {panel.title: panel.chart for panel in whole}
     assert [panel.chart == same[panel.title] for panel in panels] == [True, True, False, True]
+
+
+def test_the_terms_of_a_reward_are_drawn_where_there_are_several(inputs: dict[str, Path]) -> None:
+    run = read_run(inputs)
+    for i, record in enumerate(run.records["grpo/code"]):
+        record |= {"term/programs": i / 50, "term/formats": 1 - i / 50}
+    for record in run.records["grpo/agent"]:
+        record["term/tools"] = record["reward"]
+    panels, legend = term_curves(run, ["grpo/code", "grpo/agent", "grpo/mathematics"])
+    assert [panel.title for panel in panels] == ["grpo/code"]
+    assert legend == [("formats", 1), ("programs", 2)]
+    falls, rises = re.findall(r'class="line c[12]" d="([^"]*)"', panels[0].chart)
+    heights = [[float(y) for y in re.findall(r",([\d.]+)", line)] for line in (falls, rises)]
+    assert heights[0] == sorted(heights[0])  # downwards on the page
+    assert heights[1] == sorted(heights[1], reverse=True)
+    page = [section["heading"] for section in curves(run, DOMAINS)]
+    assert "Terms of the reward" in page
+    assert "Terms of the reward" not in [s["heading"] for s in curves(read_run(inputs), DOMAINS)]
 
 
 def test_ablations_are_compared_with_distillation(made: tuple[dict[str, Any], str]) -> None:
