@@ -115,18 +115,34 @@ def run(model: V4ForCausalLM, batch: Batch) -> tuple[list[Tensor], ExpertChoices
     return found, output.routes
 
 
-def alone(model: V4ForCausalLM, batch: Batch, routes: ExpertChoices) -> list[Tensor]:
-    """Each document's logits where it is all there is."""
-    sizes = [len(document) for document in batch.documents]
-    parts = routes.expert_LTk.split(sizes, dim=1)
-    pairs = zip(batch.documents, parts, strict=True)
-    return [model(d[None], replay_routes=ExpertChoices(part)).logits[0] for d, part in pairs]
-
-
 @pytest.mark.parametrize("seed", SEEDS)
 def test_documents_are_alone_in_logits_and_gradients(seed: int, margins: list[float]) -> None:
     draw = random.Random(seed)
-    model, batch = draw_model(draw), draw_batch(draw)
+    assert_alone(draw_model(draw), draw_batch(draw), seed, margins)
+
+
+def test_documents_are_alone_at_v4s_own_window_and_rates(margins: list[float]) -> None:
+    """Below, at and above 128, in rows that begin anywhere."""
+    lengths = (300, 127, 128, 129, 3, 5, 260)
+    rates = {CSA: 4, HCA: 128}
+    model = small_model(
+        [SLIDING, CSA, HCA], sliding_window=128, index_topk=32, compress_rates=rates
+    )
+    draw, width = random.Random(7), 310
+    generator = torch.Generator().manual_seed(7)
+    ids = torch.randint(3, VOCAB, (len(lengths), width), generator=generator)
+    places = [(row, draw.randint(0, width - length)) for row, length in enumerate(lengths)]
+    column = torch.arange(width)
+    mask = torch.stack(
+        [(column >= c) & (column < c + n) for (_, c), n in zip(places, lengths, strict=True)]
+    ).long()
+    documents = [ids[r, c : c + n] for (r, c), n in zip(places, lengths, strict=True)]
+    batch = Batch(ids.masked_fill(mask == 0, 2), mask, None, documents, places)
+    assert_alone(model, batch, 7, margins)
+
+
+def assert_alone(model: V4ForCausalLM, batch: Batch, seed: int, margins: list[float]) -> None:
+    """Each document's logits, and the gradients of all, are what it has by itself."""
     generator = torch.Generator().manual_seed(seed)
     weights = [torch.randn(len(d), VOCAB, generator=generator) for d in batch.documents]
 

@@ -17,13 +17,15 @@ def model() -> Any:
     return make_model(sharpness=3)
 
 
-@pytest.fixture(scope="module")
-def requests() -> list[Request]:
-    """Prompts of up to three chunks; truncated, tempered and greedy rows among them."""
-    asked = make_requests(20, longest=80, max_new_tokens=20)
+@pytest.fixture(scope="module", params=[False, True], ids=["", "with support"])
+def requests(request: pytest.FixtureRequest) -> list[Request]:
+    """As many as the most slots; prompts of up to three chunks; truncated, tempered and greedy
+    rows among them. Those whose support is wanted go token by token."""
+    asked = make_requests(64, longest=50, max_new_tokens=20)
     ways: list[dict[str, Any]] = [{}, {"temperature": 0.7}, {"top_p": 0.8}, {"top_k": 3}]
     ways.append({"temperature": 0.0})
-    return [replace(r, wants_support=True, **ways[i % len(ways)]) for i, r in enumerate(asked)]
+    wants = {"wants_support": request.param}
+    return [replace(r, **wants, **ways[i % len(ways)]) for i, r in enumerate(asked)]
 
 
 @pytest.fixture(scope="module")
