@@ -1,5 +1,6 @@
 """The balance loss per document, and biases that follow the load of the global batch."""
 
+from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -240,18 +241,32 @@ def test_ranks_that_add_their_loads_move_as_one() -> None:
         assert torch.equal(gate.e_score_correction_bias, whole.e_score_correction_bias)
 
 
-def test_a_meter_sums_over_the_ranks_of_a_group(tmp_path: Path) -> None:
+def summed(rank: int, meeting: str, found: Any) -> None:
+    """One of two ranks: what its meter gives of tokens that only it has seen."""
     meter = LoadMeter()
-    meter.add(ExpertChoices(torch.tensor([[[0, 2]]])), 3)
-    meter.add(ExpertChoices(torch.tensor([[[0, 1]]])), 3)
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/s", rank=0, world_size=1)
+    for experts in ([[0, 2]], [[0, 1]])[rank:]:
+        meter.add(ExpertChoices(torch.tensor([experts])), 3)
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
     try:
         load = meter.take()
+        found.put((rank, load is not None and load.tolist(), meter.take()))
     finally:
         dist.destroy_process_group()
-    assert load is not None
-    assert load.tolist() == [[2, 1, 1]]
-    assert meter.take() is None
+
+
+def test_a_meter_sums_over_the_ranks_of_a_group(tmp_path: Path) -> None:
+    """The first has seen four choices, the second two of them again."""
+    context = get_context("spawn")
+    found: Any = context.Queue()
+    ranks = [
+        context.Process(target=summed, args=(rank, str(tmp_path / "s"), found)) for rank in (0, 1)
+    ]
+    for rank in ranks:
+        rank.start()
+    told = sorted(found.get(timeout=120) for _ in ranks)
+    for rank in ranks:
+        rank.join()
+    assert told == [(0, [[3, 2, 1]], None), (1, [[3, 2, 1]], None)]
 
 
 def test_an_attached_loss_weighs_documents_by_their_tokens() -> None:
