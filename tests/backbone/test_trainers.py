@@ -28,8 +28,10 @@ from trl.trainer.sft_trainer import SFTTrainer
 from trl_steps import Gradients, gradients_of, step_options
 
 from posttrain.backbone import V4ForCausalLM
+from posttrain.backbone.balance import BalanceExperts
 
 LENGTHS = (13, 1, 29, 4, 40, 22)
+BIAS = "e_score_correction_bias"
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +153,31 @@ def test_sft_gives_the_gradients_of_the_documents_alone(
     assert_same_gradients(found, alone)
     wanted = plain_loss(start, documents)
     assert trainer.state.log_history[0]["loss"] == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+def test_in_sft_the_balance_callback_moves_biases_by_the_load_of_the_documents(
+    layout: str, start: Path, tokenizer: Any, documents: list[Tensor], tmp_path: Path
+) -> None:
+    """Pads and the layers' second pass in the backward count for nothing."""
+    model: Any = load(start)
+    routes = [model(d[None], capture_routes=True).routes for d in documents]
+    chosen_LX = torch.cat([route.expert_LTk for route in routes], dim=1).flatten(1)
+    trained: Any = load(start)
+    arguments = options(tmp_path, **LAYOUTS[layout])
+    SFTTrainer(
+        trained,
+        args=SFTConfig(**arguments),
+        train_dataset=as_rows(documents),
+        processing_class=tokenizer,
+        callbacks=[BalanceExperts(speed=0.25)],
+    ).train()
+    gates = [layer.mlp.gate for layer in trained.model.layers]
+    biases = [(i, g.e_score_correction_bias) for i, g in enumerate(gates) if hasattr(g, BIAS)]
+    assert 0 < len(biases) < len(gates)
+    for layer, bias in biases:
+        load_E = chosen_LX[layer].bincount(minlength=len(bias)).float()
+        assert torch.equal(bias, 0.25 * (load_E.mean() - load_E).sign())
 
 
 def test_two_microbatches_of_one_document_give_its_gradients_the_indexers_too(
