@@ -58,19 +58,20 @@ def sample(
 ) -> Draw:
     """One token a row; None: 1, 1 and 0 in every row. Temperature 0 is greedy: the lowest of the
     best tokens."""
-    whole = None
-    if use_host_loops(logits_BV):
+    is_whole_B = _is_whole(top_p_B, top_k_B)
+    drawn = None
+    if use_host_loops(logits_BV) and (is_whole_B is None or bool(is_whole_B.any())):
         from posttrain.backbone.host.draw import draw  # imports numba
 
-        whole = draw(logits_BV, uniform_B, temperature_B)
-        if top_p_B is None and top_k_B is None:
-            return Draw(*whole, whole[1], None)
+        drawn = draw(logits_BV, uniform_B, temperature_B)
+        if is_whole_B is None:
+            return Draw(*drawn, drawn[1], None)
     tempered = logits_BV.double()
     if temperature_B is not None:
         tempered = tempered / torch.where(temperature_B == 0, 1.0, temperature_B)[:, None]
     p_BV = whole_BV = tempered.softmax(dim=-1)
     keep_BV = None
-    if top_p_B is not None or top_k_B is not None:
+    if is_whole_B is not None:
         keep_BV = _support(p_BV, top_p_B, top_k_B)
         p_BV = p_BV * keep_BV
     total_BV = p_BV.cumsum(dim=-1)
@@ -81,14 +82,21 @@ def sample(
         best_B1 = logits_BV.argmax(dim=-1, keepdim=True)
         token_B1 = torch.where(temperature_B[:, None] == 0, best_B1, token_B1)
     token_B, logp_B = token_B1.squeeze(1), whole_BV.gather(1, token_B1).squeeze(1).log()
-    if keep_BV is None:
+    if keep_BV is None or is_whole_B is None:
         return Draw(token_B, logp_B, logp_B, None)
+    if drawn is not None:  # a row that is not to be cut draws as beside others of its kind
+        token_B = torch.where(is_whole_B, drawn[0], token_B)
+        logp_B = torch.where(is_whole_B, drawn[1], logp_B)
     is_cut_B = ~keep_BV.all(dim=-1)
-    if whole is not None:  # a row that nothing is cut of is as beside others of its kind
-        token_B = torch.where(is_cut_B, token_B, whole[0])
-        logp_B = torch.where(is_cut_B, logp_B, whole[1])
     kept_logp_B = torch.where(is_cut_B, logp_B - mass_B1.squeeze(1).log(), logp_B)
     return Draw(token_B, logp_B, kept_logp_B, keep_BV)
+
+
+def _is_whole(top_p_B: Tensor | None, top_k_B: Tensor | None) -> Tensor | None:
+    """Rows that ask for no cut; None: all."""
+    parts = [top_p_B >= 1] if top_p_B is not None else []
+    parts += [top_k_B == 0] if top_k_B is not None else []
+    return torch.stack(parts).all(dim=0) if parts else None
 
 
 def _support(p_BV: Tensor, top_p_B: Tensor | None, top_k_B: Tensor | None) -> Tensor:

@@ -23,7 +23,7 @@ from posttrain.backbone.feed import Ahead, feed, weights_for_loops
 from posttrain.backbone.routing import RouteTape
 
 COLUMNS = 16
-"""Tokens of a row in a chunk: a prompt's last chunk is filled up to so many."""
+"""Tokens of a row in a chunk, at most; in torch a prompt's last chunk is filled up to so many."""
 
 
 class V4Slots:

@@ -1,10 +1,10 @@
-"""Hyper-connections of whole sequences, and their gradients; the equations are
+"""Hyper-connections of sequences and of decode steps, and their gradients; the equations are
 hyper_connections.py's, and so is what they are tested against.
 
 A token's streams are read once forward and once backward: what is made of them follows while they
-are at hand. The products with `fn`, before and after, are torch's. BLOCK tokens are taken at a
-time, whose coefficients go side by side in vectors; a block's results do not depend on which
-thread takes it.
+are at hand. In training the products with `fn`, before and after, are torch's. BLOCK tokens are
+taken at a time, whose coefficients go side by side in vectors; a block's results do not depend on
+which thread takes it.
 
 Legend: T tokens, N streams, H hidden size, C coefficients (2 N + N N, or the head's N, which has no
 post and no comb), B tokens of a block, A their blocks, I iterations.
@@ -44,7 +44,6 @@ def find_logits(
             logit_B[b] = raw_B[b] * scale_B[b] * gain + base
 
 
-@within
 def read_blocks(
     first: int,
     end: int,
@@ -84,38 +83,7 @@ def read_blocks(
                         comb_TNN[t, k, j] = logit_CB[2 * num + j * num + k, b]
 
 
-@loop
-def read(
-    first: int,
-    end: int,
-    x_TNH: F32,
-    raw_CT: F32,
-    base_C: F32,
-    gain_C: F32,
-    norm_eps: float,
-    eps: float,
-    iterations: int,
-    scale_T: F32,
-    collapsed_TH: F32,
-    post_TN: F32,
-    comb_TNN: F32,
-) -> None:
-    """`read_blocks` of a training step's tokens."""
-    read_blocks(
-        first,
-        end,
-        x_TNH,
-        raw_CT,
-        base_C,
-        gain_C,
-        norm_eps,
-        eps,
-        iterations,
-        scale_T,
-        collapsed_TH,
-        post_TN,
-        comb_TNN,
-    )
+read, read_within = loop(read_blocks), within(read_blocks)
 
 
 @loop
@@ -127,7 +95,7 @@ def read_step(x_TNH: F32, own: Connection, out_TH: F32, post_TN: F32, comb_TNN: 
     gain_C = np.empty(len(raw_CT), np.float32)
     for c in range(len(raw_CT)):
         gain_C[c] = own.scale_3[min(c // num, 2)]
-    read_blocks(
+    read_within(
         0,
         tokens,
         x_TNH,

@@ -179,6 +179,6 @@ def test_a_models_streams_go_through_the_loops_in_float32(
     model = model.double() if is_float64 else model
     model(ids, labels=ids).loss.backward()
     num = 2 * len(model.model.layers)
-    wanted = {"read": num + 1, "write": num, "write_backward": num, "read_backward": num + 1}
+    wanted = {"read_blocks": num + 1, "write": num, "write_backward": num, "read_backward": num + 1}
     found = {name: calls.count(name) for name in wanted}
     assert found == (dict.fromkeys(wanted, 0) if is_float64 else wanted)

@@ -178,6 +178,22 @@ def test_tokens_and_logprobs_are_those_of_float64(size: int) -> None:
     assert np.isfinite(logp[rows, token]).all()
 
 
+@pytest.mark.parametrize("top_p", [1.0, 1 - 1e-12])
+def test_a_row_draws_the_same_beside_rows_of_another_kind_where_its_cut_takes_nothing(
+    top_p: float,
+) -> None:
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(400, 50, generator=generator) * 3
+    u = torch.rand(400, generator=generator, dtype=torch.float64)
+    is_own, others = torch.arange(400) % 2 == 1, torch.tensor([0.3, 1.0]).double().repeat(200)
+    own = sample(logits, u, top_p_B=torch.full_like(u, top_p))
+    mixed = sample(logits, u, top_p_B=others.sort().values.where(~is_own, top_p))
+    assert own.keep_BV is not None
+    assert bool(own.keep_BV.all())
+    for a, b in zip(own[:3], mixed[:3], strict=True):
+        assert torch.equal(a[is_own], b[is_own])
+
+
 def test_any_number_of_threads_draws_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(2)
     logits = torch.randn(21, 300, generator=generator)
