@@ -60,11 +60,12 @@ def pick(logits_BV: F32, uniform_B: F64, temperature_B: F64, token_B: I64, logp_
         x_V, is_greedy = logits_BV[b], temperature_B[b] == 0
         sharpness = 1.0 if is_greedy else 1.0 / temperature_B[b]
         most = np.float64(highest(x_V))
+        for v in range(num):
+            p_V[v] = exp((np.float64(x_V[v]) - most) * sharpness)
         total = 0.0
         for k in range(len(sum_K)):
             mass = 0.0
             for v in range(k * BLOCK, min((k + 1) * BLOCK, num)):
-                p_V[v] = exp((np.float64(x_V[v]) - most) * sharpness)
                 mass += p_V[v]
             sum_K[k] = mass
             total += mass

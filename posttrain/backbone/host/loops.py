@@ -15,6 +15,7 @@ import numba
 from llvmlite import binding
 from numba import types
 
+from posttrain.backbone.host.layout import sums_by_layout
 from posttrain.compiled_loops import BUILDING, kept_in
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -60,6 +61,13 @@ class Noted:
     def compile(self) -> None:
         for signature in self.signatures:
             self.compiled.compile(signature)
+            check(self.compiled.__name__, self.compiled.inspect_llvm(signature))
+
+
+def check(name: str, code: str) -> None:
+    """Raises RuntimeError where a loop's bits would hang on its arrays' places."""
+    if found := sums_by_layout(code):
+        raise RuntimeError(f"{name} adds up and writes in one loop, in {', '.join(found)}")
 
 
 def within(function: F) -> F:
@@ -77,7 +85,7 @@ def outlined(kinds: str) -> Callable[[F], F]:
         name = f"posttrain_{function.__name__}"
         compiled, address = _keeping(numba.cfunc, signature), 1
         if os.environ.get(BUILDING):  # where nothing is run
-            to_compile.append(lambda: compiled(function))
+            to_compile.append(lambda: check(name, compiled(function).inspect_llvm()))
         else:
             _outlined.append(compiled(function))
             address = _outlined[-1].address

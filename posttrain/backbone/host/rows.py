@@ -53,18 +53,18 @@ def swiglu_backward(
     """The gradients, and `swiglu` again; nothing passes where a clamp cut."""
     size, most = out_RI.shape[1], np.float32(limit)
     one, nothing = np.float32(1.0), np.float32(0.0)
-    share_I = np.empty(size, np.float32)
+    share_I, along_I = np.empty(size, np.float32), np.empty(size, np.float32)
     for r in range(first, end):
         gate_I, up_I, out_I = gate_RX[r, :size], up_RX[r, up_from : up_from + size], out_RI[r]
         grad_I, grad_gate_I = grad_RI[r], grad_gate_RX[r, :size]
         grad_up_I = grad_up_RX[r, up_from : up_from + size]
-        weight, along = weight_R[r] if len(weight_R) else one, nothing
+        weight = weight_R[r] if len(weight_R) else one
         for i in range(size):
             gate = min(gate_I[i], most)
             share_I[i] = sigmoid(gate)
             silu = gate * share_I[i]
             out = silu * min(max(up_I[i], -most), most)
-            along += grad_I[i] * out
+            along_I[i] = grad_I[i] * out
             out_I[i] = out * weight
             passed = grad_I[i] if abs(up_I[i]) <= most else nothing
             grad_up_I[i] = passed * silu * weight
@@ -74,6 +74,9 @@ def swiglu_backward(
             slope = share + gate * share * (one - share)
             grad_gate_I[i] = passed * slope * min(max(up_I[i], -most), most) * weight
         if len(weight_R):
+            along = nothing
+            for i in range(size):
+                along += along_I[i]
             grad_weight_R[r] = along
 
 
@@ -109,9 +112,9 @@ def norm_backward(
             grad_C, x_C, out_C, scale = grad_TC[t], x_TC[t], grad_x_TC[t], scale_T[t]
             along = np.float32(0.0)
             for c in range(x_C.size):
-                product = grad_C[c] * x_C[c]
-                along += product * weight_C[c]
-                sum_C[c] += product * scale
+                along += grad_C[c] * x_C[c] * weight_C[c]
+            for c in range(x_C.size):
+                sum_C[c] += grad_C[c] * x_C[c] * scale
             along *= scale * scale / np.float32(x_C.size)
             for c in range(x_C.size):
                 out_C[c] = (grad_C[c] * weight_C[c] - along * x_C[c]) * scale

@@ -250,9 +250,10 @@ def spread_gradient(
         share = gain / np.float32(-size)
         base_sum = gain_sum = np.float32(0.0)
         for b in range(count):
-            along = grad_B[b] * raw_B[b] * scale_B[b]
             base_sum += grad_B[b]
-            gain_sum += along
+            gain_sum += grad_B[b] * raw_B[b] * scale_B[b]
+        for b in range(count):
+            along = grad_B[b] * raw_B[b] * scale_B[b]
             out_B[b] = grad_B[b] * gain * scale_B[b]
             through_B[b] += along * share * scale_B[b] * scale_B[b]
         sum_ZC[0, c], sum_ZC[1, c] = base_sum, gain_sum

@@ -181,5 +181,7 @@ def accumulate(
     out_hd = carray(out, (heads, out_row))
     for h in range(heads):
         for i in range(vectors * WIDTH, size):
+            total = out_hd[h, i]
             for k in range(num):
-                out_hd[h, i] += weight_hX[h, k] * x_Kd[k, i]
+                total += weight_hX[h, k] * x_Kd[k, i]
+            out_hd[h, i] = total
