@@ -21,6 +21,11 @@ class SupervisedConfig(Config):
     rows_per_microbatch: int | None = Field(default=None, ge=1)
     """Rows in memory at once, a divisor of rows_per_step; null: all. A step's rows are sorted by
     length first, so that smaller microbatches hold less padding. Changes speed and memory only."""
+    packing: bool = False
+    """Lay a microbatch's rows end to end in one row without padding, which the model reads as
+    documents of their own, and share a step's rows out so that microbatches have equally many
+    tokens: rows_per_step and the order of steps stay, rows_per_microbatch becomes a mean. Changes
+    speed and memory only; V4 computes no padding either way."""
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=2e-3)
     """The optimizer and its schedule."""
     loss: Literal["response", "all"] = "response"

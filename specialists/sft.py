@@ -30,6 +30,7 @@ from specialists.config import (
 )
 from specialists.judge import open_task
 from specialists.lora import load_start
+from specialists.packing import check_packing, packed
 from specialists.rows import TokenRow, draw, sort_within_steps
 from specialists.trl_border import OurSFTTrainer
 from specialists.validation import BestWeights, TaskScore
@@ -178,6 +179,8 @@ def learn(
         score: grades the model's own answers to their prompts; None: their loss alone counts.
         base: what `model` is an adapter of.
     """
+    if config.packing:
+        check_packing(model)
     context = model.config.max_position_embeddings
     limit = min(config.max_length or context, context)
     kept = {name: fitting(name, rows, limit) for name, rows in sources.items()}
@@ -208,13 +211,17 @@ def build_trainer(
     *,
     validation: Sequence[TokenRow] = (),
 ) -> OurSFTTrainer:
-    """A trainer for `data` (`input_ids`, `labels`) in its order, once."""
+    """A trainer for `data` (`input_ids`, `labels`) in its order, once; packed if so configured."""
     assert isinstance(config, TuningConfig) or not validation
     every = config.validate_every if isinstance(config, TuningConfig) and validation else None
+    rows_per_microbatch = config.rows_per_step // config.microbatches
+    if config.packing:
+        steps = {"rows_per_step": config.rows_per_step, "packs_per_step": config.microbatches}
+        data = packed(data, **steps)
     shared = training.shared_arguments(
         job,
         num_steps=config.num_steps,
-        rows_per_microbatch=config.rows_per_step // config.microbatches,
+        rows_per_microbatch=1 if config.packing else rows_per_microbatch,
         microbatches=config.microbatches,
         checkpoint_every=config.checkpoint_every,
         optimizer=config.optimizer,
@@ -224,10 +231,12 @@ def build_trainer(
         args=SFTConfig(
             **shared,
             max_length=None,  # no row is cut: those too long were left out
+            packing=config.packing,
+            dataset_kwargs={"skip_prepare_dataset": True},  # rows are tokens, in packs or not
             train_sampling_strategy="sequential",
             eval_strategy="steps" if every else "no",
             eval_steps=every,
-            per_device_eval_batch_size=config.rows_per_step // config.microbatches,
+            per_device_eval_batch_size=rows_per_microbatch,
             router_aux_loss_coef=0.0,
         ),
         train_dataset=data,
@@ -289,6 +298,7 @@ def data_set(rows: Sequence[TokenRow]) -> Dataset:
 
 
 def labels(row: TokenRow) -> list[int]:
-    """The token where it is learned, IGNORED elsewhere; TRL shifts them."""
-    pairs = zip(row.tokens, row.is_learned, strict=True)
-    return [token if is_learned else IGNORED for token, is_learned in pairs]
+    """The token where it is learned, IGNORED elsewhere and first: nothing is there to predict it
+    from, and in a pack it is not learned from the document before. TRL shifts them."""
+    pairs = zip(row.tokens[1:], row.is_learned[1:], strict=True)
+    return [IGNORED, *(token if is_learned else IGNORED for token, is_learned in pairs)]
