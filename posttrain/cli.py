@@ -74,11 +74,13 @@ def run(
         from posttrain.pipeline.run import run as run_recipe
 
         file = load_recipe(recipe, overrides or ())
-        check_recipe(file)
+        sandboxes = check_recipe(file)
         if is_plain:
             os.environ["TTY_COMPATIBLE"] = "0"  # rich then takes stderr for no terminal
         try:
-            result = run_recipe(file.recipe, file.folder, directory or file.directory)
+            result = run_recipe(
+                file.recipe, file.folder, directory or file.directory, sandboxes=sandboxes
+            )
         except KeyboardInterrupt:
             print("posttrain: stopped; the same command goes on from here", file=sys.stderr)
             raise typer.Exit(130) from None

@@ -73,6 +73,9 @@ class Grader:
         self.failures = Failures()
         """How many items failed to be graded, by kind: raised, timeout, died, not_finite,
         wrong_type, bad_gold."""
+        self.facts: dict[str, str] = {}
+        """What the rewards said of their surroundings: the level of the `sandbox` that programs
+        run in, once one has."""
         self._worker: WorkerProcess | None = self._start()
 
     def score(self, items: Sequence[GradeItem]) -> list[Score]:
@@ -109,7 +112,7 @@ class Grader:
         timeout_s = START_TIMEOUT_S
         try:
             worker.send([_packed(item) for item in batch])
-            worker.receive(timeout_s)
+            self._note(worker.receive(timeout_s)["facts"])
             timeout_s = self._timeout_s
             while len(scores) < len(batch):
                 reply = worker.receive(timeout_s)
@@ -125,6 +128,12 @@ class Grader:
             self._stop()
             raise
         return scores
+
+    def _note(self, facts: Mapping[str, str]) -> None:
+        for name, value in facts.items():
+            if self.facts.get(name) != value:
+                LOGGER.info("reward %s: %s: %s", " + ".join(self._rewards), name, value)
+        self.facts.update(facts)
 
     def _lost(self, kind: str, reason: str, item: GradeItem) -> Score:
         self._stop()

@@ -22,7 +22,7 @@ from typing import Any
 from rewards.expression_library import TooLarge, size_of
 from rewards.expressions import ExpressionError, evaluate, parse
 from rewards.literals import NotALiteral, read, same
-from rewards.sandbox import Level, Limits, Run, shared
+from rewards.sandbox import LEVELS, Level, Limits, Run, shared
 from rewards.score import RewardError, Score, shown
 
 KINDS = {"call": "expect", "stdin": "stdout", "x": "expect"}
@@ -82,10 +82,11 @@ def score(
     return Score(0.0, failed) if failed else Score(1.0, f"all {len(tests)} tests pass")
 
 
-def prepare(items: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
-    """Start the sandbox before the clock of the first program that needs it starts."""
-    for level in sandbox_levels(items):
-        shared(level)
+def prepare(items: Sequence[tuple[str, Mapping[str, Any]]]) -> dict[str, str]:
+    """Start the sandbox before the clock of the first program that needs it starts; the level that
+    it reached."""
+    found = {shared(level).level for level in sandbox_levels(items)}
+    return {"sandbox": min(found, key=LEVELS.index)} if found else {}
 
 
 def sandbox_levels(items: Sequence[tuple[str, Mapping[str, Any]]]) -> set[Level]:

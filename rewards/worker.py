@@ -118,14 +118,19 @@ def _load_terms(setup: Setup) -> list[Term]:
     return terms
 
 
-def _prepare(terms: Sequence[Term], items: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
-    """Our rewards may load what these items need before the clock of the first one starts."""
+def _prepare(
+    terms: Sequence[Term], items: Sequence[tuple[str, Mapping[str, Any]]]
+) -> dict[str, str]:
+    """Our rewards may load what these items need before the clock of the first one starts, and say
+    what of it is worth knowing."""
+    facts: dict[str, str] = {}
     for term in terms:
         if term.reward.__module__.startswith("rewards."):
             prepare = getattr(sys.modules[term.reward.__module__], "prepare", None)
             if prepare is not None:
                 with contextlib.suppress(Exception):  # it comes back from the first item
-                    prepare(items)
+                    facts.update(prepare(items) or {})
+    return facts
 
 
 def _unpacked(packed: bytes) -> tuple[str, Mapping[str, Any]] | str:
@@ -139,8 +144,8 @@ def _unpacked(packed: bytes) -> tuple[str, Mapping[str, Any]] | str:
 def _serve(terms: Sequence[Term], setup: Setup, requests: BinaryIO, replies: BinaryIO) -> None:
     while (frame := read_frame(requests)) is not None:
         items = [_unpacked(packed) for packed in pickle.loads(frame)]
-        _prepare(terms, [item for item in items if not isinstance(item, str)])
-        send_json(replies, {"began": len(items)})
+        facts = _prepare(terms, [item for item in items if not isinstance(item, str)])
+        send_json(replies, {"began": len(items), "facts": facts})
         for item in items:
             limit_cpu(setup.timeout_s)
             if isinstance(item, str):

@@ -40,11 +40,11 @@ from posttrain.pipeline.judges import check_judge, check_judged_rows, context_of
 from posttrain.pipeline.recipe_domain import DomainConfig
 from posttrain.pipeline.recipe_file import RecipeFile
 from posttrain.pipeline.recipe_yaml import FieldPath
+from posttrain.pipeline.sandboxes import sandbox_level
 from posttrain.pipeline.words import shown
 from rewards.grader import check_loads
-from rewards.programs import sandbox_levels
 from rewards.registry import REWARDS, known_reward
-from rewards.sandbox import Sandbox
+from rewards.sandbox import Level
 from rewards.score import RewardError
 
 PRESET_CONTEXT = {"tiny": 4096, "small": 16384}
@@ -68,8 +68,8 @@ TEMPLATE_TOKENS = 4096
 """More than a chat template is expected to add, a system prompt of its own included."""
 
 
-def check_recipe(file: RecipeFile) -> None:
-    """Raise RecipeError for the first thing found that would stop the run later."""
+def check_recipe(file: RecipeFile) -> dict[str, str]:
+    """RecipeError for the first thing found that would stop the run later. The sandbox's levels."""
     check_cluster(file)
     check_checkpoints(file)
     for name, domain in file.recipe.domains.items():
@@ -81,8 +81,9 @@ def check_recipe(file: RecipeFile) -> None:
             kind = source.data.source.partition(" ")[0]
             with naming(file, ("base", "pretrain", "mixture", i, "data", kind)):
                 check_source(source.data, file.folder, heldout_share=share)
-    for name, domain in file.recipe.domains.items():
-        check_data(file, name, domain)
+    domains = file.recipe.domains.items()
+    levels = {name: check_data(file, name, domain) for name, domain in domains}
+    return {name: level for name, level in levels.items() if level is not None}
 
 
 @contextmanager
@@ -215,18 +216,19 @@ def is_whole(data: DataConfig, rows: Sequence[Row]) -> bool:
     return not data.streaming or len(rows) < ROWS_TO_CHECK
 
 
-def check_data(file: RecipeFile, name: str, domain: DomainConfig) -> None:
-    """The domain's rows can be read, split, learned from, and fit into the context."""
+def check_data(file: RecipeFile, name: str, domain: DomainConfig) -> Level | None:
+    """The domain's rows can be read, split, learned from, and fit; the sandbox's level, if any."""
     where: FieldPath = ("domains", name, "data")
     hubs = [part.hub for part in domain.data.parts if part.hub]
     for hub in hubs:
         with naming(file, (*where, "mixture" if domain.data.mixture else "hub")):
             check_on_hub("dataset", hub)
     if hubs or any(is_known_generator(part) for part in domain.data.parts):
-        return
+        return None
     with naming(file, (*where, domain.data.source.partition(" ")[0])):
         rows = rows_to_check(domain.data, folder=file.folder, seed=file.recipe.seed)
-    check_sandbox(file, name, domain, rows)
+    with naming(file, ("domains", name, "reward")):
+        level = sandbox_level(domain, rows)
     share = max(other.heldout_share for other in file.recipe.domains.values())
     train, heldout = split(rows, domain.heldout_share, untrained_share=share)
     for side, found in (("train on", train), ("evaluate on", heldout)):
@@ -260,6 +262,7 @@ def check_data(file: RecipeFile, name: str, domain: DomainConfig) -> None:
             check_judged_rows(
                 domain, rows, context=context, tokenizer=partial(full_tokenizer, file, judge.folder)
             )
+    return level
 
 
 def check_roles(file: RecipeFile, name: str, domain: DomainConfig, rows: list[Row]) -> None:
@@ -297,16 +300,6 @@ def check_sft_length(file: RecipeFile, name: str, domain: DomainConfig, rows: li
             f"found {limit}, but the shortest of {len(chosen)} demonstrations has {shortest} "
             "tokens: raise it, or shorten them",
         )
-
-
-def check_sandbox(file: RecipeFile, name: str, domain: DomainConfig, rows: Sequence[Row]) -> None:
-    """Where a reward runs what models write, this machine has a sandbox of the level asked for."""
-    if "programs" not in domain.reward_weights:
-        return
-    with naming(file, ("domains", name, "reward")):
-        items = [("", {**domain.reward_options, **row.fields}) for row in rows]
-        for level in sandbox_levels(items):
-            Sandbox(lowest=level).close()
 
 
 def is_known_generator(data: SourceConfig) -> bool:

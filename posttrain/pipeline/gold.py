@@ -64,6 +64,8 @@ class GoldFacts:
     """Of them, those that score no less than a gold answer."""
     best_constant: float | None = None
     """What the most frequent gold would score on all rows; None without."""
+    sandbox: str | None = None
+    """The level at which programs ran; None where none did."""
     seconds: float = 0.0
     problems: list[str] = field(default_factory=list[str])
 
@@ -137,6 +139,7 @@ def _facts(
     with grader:
         scores = grader.score([_item(row, turns, domain.row_defaults) for row, turns in pairs])
     facts.num_gold, facts.num_wrong = len(given), len(wrong)
+    facts.sandbox = grader.facts.get("sandbox")
     graded = list(zip(pairs, scores, strict=True))
     missed = [pair for pair in graded[: len(given)] if pair[1].reward != 1.0]
     fooled = [pair for pair in graded[len(given) :] if pair[1].reward >= 1.0]
@@ -239,9 +242,10 @@ def _first_bad(scores: Sequence[Score]) -> str:
 def _line(fact: GoldFacts) -> str:
     if fact.reward == JUDGE:
         return f"{fact.domain}: reward judge, {fact.num_rows} rows: a model's verdict, not checked"
-    constant = "" if fact.best_constant is None else f"; a constant scores {fact.best_constant:.3f}"
+    more = "" if fact.best_constant is None else f"; a constant scores {fact.best_constant:.3f}"
+    more += f"; the sandbox's level is {fact.sandbox}" if fact.sandbox else ""
     return (
         f"{fact.domain}: reward {fact.reward}, {fact.num_rows} rows: {fact.num_right} of "
         f"{fact.num_gold} gold answers score 1, {fact.num_fooled} of {fact.num_wrong} wrong ones "
-        f"do{constant} ({fact.seconds:.1f} s)"
+        f"do{more} ({fact.seconds:.1f} s)"
     )

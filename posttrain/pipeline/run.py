@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -90,9 +90,20 @@ class Work:
     judge_gb: float = 0.0
     """The largest judge's weights."""
 
+    sandboxes: Mapping[str, str] = field(default_factory=dict[str, str])
+    """The sandbox's level on this machine, by domain whose reward runs programs."""
 
-def run(recipe: Recipe, folder: Path, directory: Path | None = None) -> RunResult:
+
+def run(
+    recipe: Recipe,
+    folder: Path,
+    directory: Path | None = None,
+    *,
+    sandboxes: Mapping[str, str] | None = None,
+) -> RunResult:
     """Bring a recipe that lies in `folder` to its report in `directory` (default: runs/<name>).
+
+    `sandboxes` are the levels that its checks found, to be told and written down.
 
     Raises LockedError, InsufficientResources, StageError, a stage's own PosttrainError, or
     StageCrashed; KeyboardInterrupt on Ctrl-C and SystemExit(143) on SIGTERM, with Ray shut down.
@@ -111,6 +122,7 @@ def run(recipe: Recipe, folder: Path, directory: Path | None = None) -> RunResul
         seconds=estimated_seconds(stages, folder, directory),
         checkpoint_gb=num_parameters(stages, folder) * BYTES_PER_PARAMETER / GB,
         judge_gb=num_judge_parameters(recipe, stages, folder) * BYTES_PER_PARAMETER / GB,
+        sandboxes=sandboxes or {},
     )
     return run_work(work, recipe_yaml(recipe))
 
@@ -153,6 +165,8 @@ def _run_todo(work: Work, ledger: Ledger, console: Console, todo: set[str]) -> l
     tracker = Tracker(work.tracking, group=work.name, directory=work.directory / "wandb")
     display = Display(console, len(work.stages), len(work.stages) - len(todo))
     count = f"{num_workers} worker{'s' if num_workers > 1 else ''}"
+    for name, level in work.sandboxes.items():
+        display.say(f"the programs of domain {name} run in the sandbox at the level {level}")
     display.say(f"{len(todo)} of {len(work.stages)} stages to do; starting {count}")
     warm = sorted({stage.work.partition(":")[0] for stage in work.stages if stage.name in todo})
     if work.cluster.address is None and not work.cluster.gpus_per_job and has_numba():
@@ -324,6 +338,7 @@ def write_manifest(work: Work, ledger: Ledger) -> None:
         {
             "name": work.name,
             "seed": work.seed,
+            "sandboxes": dict(work.sandboxes),
             "versions": {**versions(), **mine},
             "stages": stages,
         }

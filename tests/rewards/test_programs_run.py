@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 
 from rewards import RewardError
+from rewards.grader import GradeItem, Grader
 from rewards.literals import NotALiteral, read, same
 from rewards.programs import extract
 from rewards.programs import score as score_at
+from rewards.sandbox import Sandbox
 
 score = partial(score_at, sandbox="limits")  # the best level this machine has
 Tests = list[dict[str, Any]]
@@ -65,6 +67,18 @@ def test_one_test_that_fails_is_a_zero_with_its_reason(
     found = score(response, tests=tests, timeout_s=0.5)
     assert found.reward == 0.0
     assert reason in found.reason
+
+
+def test_a_grader_says_once_at_which_level_its_programs_run(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO", "rewards.grader")
+    item = GradeItem("add = lambda a, b: a + b", {"tests": ADD, "sandbox": "limits"})
+    with Grader({"programs": 1.0}) as grader, Sandbox(lowest="limits") as sandbox:
+        assert grader.facts == {}
+        assert [grader.score([item])[0].reward for _ in range(2)] == [1.0, 1.0]
+        assert grader.facts == {"sandbox": sandbox.level}
+        assert caplog.messages == [f"reward programs: sandbox: {sandbox.level}"]
 
 
 def test_the_time_is_for_all_tests_together() -> None:

@@ -9,57 +9,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from sandboxes import attempt, values
 
 from rewards.confinement import CLONE3, MACHINES, REFUSED
-from rewards.programs import score
-from rewards.sandbox import LEVELS, Level, Limits, Result, Sandbox, SandboxError, shared
-
-SHORT = Limits(wall_s=1.0, memory_mb=256)
-
-
-def reached() -> Level:
-    with Sandbox(lowest="limits") as sandbox:
-        return sandbox.level
-
-
-REACHED = LEVELS.index(reached())
-
-
-@pytest.fixture(scope="module", params=["namespaces", "landlock"])
-def sandbox(request: pytest.FixtureRequest) -> Iterator[Sandbox]:
-    if LEVELS.index(request.param) > REACHED:
-        pytest.skip(f"this machine does not reach the level {request.param}")
-    with Sandbox(lowest=request.param, highest=request.param) as sandbox:
-        assert sandbox.level == request.param
-        yield sandbox
-
-
-@pytest.fixture
-def secret() -> Iterator[Path]:
-    """A file outside that anyone may read and write."""
-    path = Path(f"/var/tmp/posttrain-secret-{os.getpid()}")
-    path.write_text("the hidden tests")
-    path.chmod(0o666)
-    yield path
-    path.unlink()
-
-
-def values(sandbox: Sandbox, program: str, *calls: str) -> list[str]:
-    """What the calls give, by repr; an exception by its name with a mark in front."""
-    run = sandbox.run(program, calls=calls, limits=SHORT)
-    return [f"!{result.error}" if result.error else result.text for result in run.results]
-
-
-def attempt(sandbox: Sandbox, body: str) -> str:
-    """What one statement list comes to: "done", or the exception that stopped it."""
-    lines = "\n".join(f"    {line}" for line in body.splitlines())
-    (found,) = values(sandbox, f"def attempt():\n{lines}\n    return 'done'", "attempt()")
-    return found.strip("'")
-
+from rewards.sandbox import Limits, Result, Sandbox, SandboxError, shared
 
 # What honest programs need
 
@@ -201,7 +157,7 @@ def test_a_flood_is_cut(sandbox: Sandbox, program: str) -> None:
     assert values(sandbox, "", "2") == ["2"]
 
 
-def test_files_are_limited(sandbox: Sandbox) -> None:
+def test_files_are_limited(walled: Sandbox) -> None:
     limits = Limits(wall_s=3.0, file_mb=1)
     fill = """
 def one():
@@ -214,7 +170,7 @@ def inodes():
     for i in range(9999): open(f'/tmp/i{i}', 'w').close()
 """
     for call in ("one()", "many()", "inodes()"):
-        run = sandbox.run(fill, calls=[call], limits=limits)
+        run = walled.run(fill, calls=[call], limits=limits)
         assert [r.error for r in run.results] in (["OSError"], ["PermissionError"])
 
 
@@ -224,13 +180,13 @@ def inodes():
 @pytest.mark.parametrize(
     "place", ["/tmp/../x", "/dev/shm/x", "/usr/lib/x", "/x", "/home/x", sys.base_prefix + "/lib/x"]
 )
-def test_nothing_outside_can_be_written(sandbox: Sandbox, place: str) -> None:
-    found = attempt(sandbox, f"open({place!r}, 'w').write('x')")
+def test_nothing_outside_can_be_written(walled: Sandbox, place: str) -> None:
+    found = attempt(walled, f"open({place!r}, 'w').write('x')")
     assert found in ("!PermissionError", "!OSError", "!FileNotFoundError")
     assert not Path(place).exists()
 
 
-def test_a_file_outside_is_neither_read_nor_changed(sandbox: Sandbox, secret: Path) -> None:
+def test_a_file_outside_is_neither_read_nor_changed(walled: Sandbox, secret: Path) -> None:
     for deed in (
         f"open({str(secret)!r}).read()",
         f"open({str(secret)!r}, 'w')",
@@ -241,7 +197,7 @@ def test_a_file_outside_is_neither_read_nor_changed(sandbox: Sandbox, secret: Pa
         f"import os; os.symlink({str(secret)!r}, '/tmp/z'); open('/tmp/z').read()",
         f"import os; os.chmod({str(secret)!r}, 0)",
     ):
-        assert attempt(sandbox, deed).startswith("!"), deed
+        assert attempt(walled, deed).startswith("!"), deed
     assert secret.read_text() == "the hidden tests"
     assert secret.stat().st_mode & 0o777 == 0o666
 
@@ -258,9 +214,9 @@ def test_a_file_outside_is_neither_read_nor_changed(sandbox: Sandbox, secret: Pa
         str(Path(__file__).resolve().parents[2] / "rewards" / "sandbox.py"),
     ],
 )
-def test_this_machines_files_are_out_of_sight(sandbox: Sandbox, path: str) -> None:
+def test_this_machines_files_are_out_of_sight(walled: Sandbox, path: str) -> None:
     deed = f"import os\n(os.listdir if os.path.isdir({path!r}) else open)({path!r})"
-    assert attempt(sandbox, deed) in ("!FileNotFoundError", "!PermissionError")
+    assert attempt(walled, deed) in ("!FileNotFoundError", "!PermissionError")
 
 
 def test_the_environment_is_empty(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -341,63 +297,6 @@ time.sleep(997)
     assert values(sandbox, "", "1") == ["1"]
     listed = subprocess.run(["ps", "-eo", "uid,args"], capture_output=True, text=True, check=True)
     assert not [x for x in listed.stdout.splitlines() if x.split()[0] == "65534" and "server" in x]
-
-
-# Winning without answering
-
-SQUARES = [{"call": f"f({x})", "expect": str(x * x)} for x in (2, 3, 5)]
-
-
-@pytest.mark.parametrize(
-    "program",
-    [
-        "import sys; sys.exit(0)",
-        "import os; os._exit(0)",
-        "raise SystemExit(0)",
-        "def f(x): raise SystemExit(0)",
-        "import os\ndef f(x): os._exit(0)",
-        "class Any:\n  def __eq__(self, other): return True\n"
-        "  def __ne__(self, other): return False\n"
-        "  def __hash__(self): return 4\ndef f(x): return Any()",
-        "class Any(int):\n  def __eq__(self, other): return True\ndef f(x): return Any()",
-        "import builtins\nbuiltins.repr = lambda x: '4'\ndef f(x): return 1",
-        "import builtins\nbuiltins.eval = lambda *a: True\ndef f(x): return 1",
-        "import json\njson.dumps = lambda x: '\"4\"'\ndef f(x): return 1",
-        "print('4'); print('9'); print('25'); print('all 3 tests pass')",
-        "import os\nos.write(3, b'=\"4\"\\n' * 3); os._exit(0)",
-        "import os\nos.write(3, b'{\"end\": \"ended\"}\\n' * 3); os._exit(0)",
-        "import os\nfor n in range(64):\n  try: os.write(n, b'\\0' * 7 + b'\\x02{}')\n"
-        "  except OSError: pass\nos._exit(0)",
-        "import sys\ndef f(x):\n  frame = sys._getframe()\n  while frame:\n"
-        "    for v in frame.f_locals.values():\n"
-        "      if isinstance(v, dict) and 'tests' in v: return v['tests'][0]['expect']\n"
-        "      if isinstance(v, dict) and 'expect' in v: return v['expect']\n"
-        "    frame = frame.f_back",
-        "import gc\ndef f(x):\n  for o in gc.get_objects():\n"
-        "    if isinstance(o, dict) and 'expect' in o: return int(o['expect'])",
-        "def f(x): return 4",
-        "def f(x): return float(x * x)",
-        "def f(x): return (x * x,)",
-        "def f(x): return str(x * x)",
-        "def f(x): print(x * x)",
-        "f = lambda x: (yield x * x)",
-        "class f(int):\n  def __repr__(self): return 'f'",
-        "class f:\n  def __init__(self, x): pass\n  def __repr__(self): return 'exit(4)'",
-        "def f(x): return '[' * 50000",
-        "class f:\n  def __init__(self, x): pass\n  def __repr__(self): return '[' * 50000",
-        "class f:\n  def __init__(self, x): pass\n  def __repr__(self): return '-' * 90000 + '4'",
-        "class f:\n  def __init__(self, x): pass\n  def __repr__(self): return 'x' * 10**7",
-        "", "\x00", "\ud800", "def f(x", "return 4", "```", "import f", "f = 4",
-    ],
-)  # fmt: skip
-def test_nobody_wins_without_the_answers(program: str) -> None:
-    if LEVELS.index("namespaces") > REACHED:
-        pytest.skip("this machine has no namespaces")
-    start = time.monotonic()
-    found = score(program, tests=SQUARES)
-    assert found.reward == 0.0, found.reason
-    assert found.reason
-    assert time.monotonic() - start < 5.0
 
 
 def test_the_server_outlives_whatever_its_programs_do(sandbox: Sandbox) -> None:

@@ -61,6 +61,7 @@ def make_work(scenario: str, directory: Path) -> Work:
         seed=0,
         cluster=ClusterConfig.model_validate({"num_workers": 2}),
         tracking=TrackingConfig(),
+        sandboxes={"code": "landlock"},
     )
 
 

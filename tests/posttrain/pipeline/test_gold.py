@@ -8,8 +8,9 @@ import pytest
 
 from posttrain.errors import DataError, PosttrainError
 from posttrain.pipeline.checks import check_recipe
-from posttrain.pipeline.gold import GoldFacts, check_gold
+from posttrain.pipeline.gold import GoldFacts, GoldReport, check_gold
 from posttrain.pipeline.recipe_file import load_recipe
+from rewards.sandbox import Sandbox
 
 RECIPE = """\
 name: mine
@@ -152,9 +153,30 @@ def test_a_function_of_the_users_makes_the_rows(tmp_path: Path) -> None:
         check_gold(load_recipe(str(path)))
 
 
+PROGRAMS = [
+    {
+        "prompt": f"{n}",
+        "response": "def f(x): return x",
+        "tests": [{"call": f"f({x})", "expect": str(x)} for x in (1, 2)],
+    }
+    for n in range(30)
+]
+
+
+def test_the_level_of_the_sandbox_is_told(tmp_path: Path) -> None:
+    with Sandbox(lowest="limits") as sandbox:
+        level = sandbox.level
+    facts = examined(tmp_path, "programs", PROGRAMS, "    reward_options: {sandbox: limits}\n")
+    assert facts.sandbox == level
+    assert f"the sandbox's level is {level}" in GoldReport([facts]).text()
+    assert check_recipe(load_recipe(str(tmp_path / "mine.yaml"))) == {"mine": level}
+    nothing_runs = examined(tmp_path, "formats", PROGRAMS, "    reward_options: {min_words: 1}\n")
+    assert nothing_runs.sandbox is None
+    assert check_recipe(load_recipe(str(tmp_path / "mine.yaml"))) == {}
+
+
 def test_a_sandbox_that_cannot_be_had_is_known_before_training(tmp_path: Path) -> None:
-    tests = [{"call": f"f({x})", "expect": str(x)} for x in (1, 2)]
-    rows = [{"prompt": f"{n}", "response": "def f(x): return x", "tests": tests} for n in range(30)]
+    rows = PROGRAMS
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     path = tmp_path / "mine.yaml"
     option = "programs\n    reward_options: {sandbox: none}"

@@ -1,5 +1,6 @@
 """Runs of fake stages on a real Ray, each in a process of its own, seen from outside."""
 
+import json
 import os
 import signal
 import subprocess
@@ -114,6 +115,9 @@ def test_independent_stages_run_side_by_side_on_loopback_and_nothing_is_left(
     addresses = listening_addresses(set(run.processes()))
     code, said = run.end()
     assert code == 0, said
+    assert said.count("programs of domain code run in the sandbox at the level landlock") == 1
+    manifest = json.loads((run.directory / "manifest.json").read_text())
+    assert manifest["sandboxes"] == {"code": "landlock"}
     assert addresses
     assert addresses <= set(LOOPBACK)
     assert run.processes() == {}
