@@ -216,8 +216,11 @@ class Task:
             return ToolTurns(self._tokenizer, self._tools, self.spec.effort, row.fields)
         return None
 
-    def demonstrations(self, rows: Sequence[Row]) -> list[tuple[list[int], list[bool]]]:
-        """Each row's prompt and demonstration as (ids, is_own).
+    def demonstrations(
+        self, rows: Sequence[Row], *, completion_only: bool = False
+    ) -> list[tuple[list[int], list[bool]]]:
+        """Each row's prompt and demonstration as (ids, is_own); own are the assistant's tokens, of
+        the demonstration alone where so asked, or also of earlier turns in the prompt.
 
         Raises:
             DataError: if a row has no demonstration.
@@ -228,6 +231,7 @@ class Task:
                 [*self.messages(row), *self._demonstration(row)],
                 tools=self._prompt_tools,
                 effort=self.spec.effort,
+                since=len(self.messages(row)) if completion_only else 0,
             )
             for row in rows
         ]

@@ -10,6 +10,8 @@ from pydantic import Field, model_validator
 from posttrain.config import Config, Effort, OptimizerConfig
 from posttrain.domains import DataConfig, DomainSpec
 
+Loss = Literal["assistant", "completion", "all"]
+
 
 class SupervisedConfig(Config):
     """What pretraining and SFT share: rows of prompt and response, learned by cross entropy."""
@@ -28,8 +30,6 @@ class SupervisedConfig(Config):
     speed and memory only; V4 computes no padding either way."""
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=2e-3)
     """The optimizer and its schedule."""
-    loss: Literal["response", "all"] = "response"
-    """Which tokens are learned: the assistant's own with their end mark, or the prompt's too."""
     max_length: int | None = Field(default=None, ge=2)
     """Longer rows (tokens, prompt included) are left out and counted; null: the model's context."""
     checkpoint_every: int = Field(default=100, ge=1)
@@ -71,6 +71,10 @@ class PretrainConfig(SupervisedConfig):
 
     mixture: list[MixtureConfig] = Field(min_length=1)
     """The data. Every prompt that is held out in a domain is taken out of it."""
+    loss: Loss = "assistant"
+    """Which tokens are learned: `assistant`, those of all its turns with their end marks, earlier
+    ones in the prompt included; `completion`, those of the response alone; `all`, every token, what
+    users and tools said too."""
 
 
 class LoraConfig(Config):
@@ -139,6 +143,10 @@ class SftConfig(TuningConfig):
 
     num_demonstrations: int | None = Field(default=None, ge=1)
     """Demonstrations used of each domain, chosen from its train split by their hash; null: all."""
+    loss: Loss = "assistant"
+    """Which tokens are learned: `assistant`, those of all its turns with their end marks, earlier
+    ones in the prompt included; `completion`, those of the response alone; `all`, every token, what
+    users and tools said too."""
 
 
 class BestOfConfig(TuningConfig):
@@ -160,6 +168,8 @@ class BestOfConfig(TuningConfig):
     """The sampling's temperature."""
     num_slots: int = Field(default=128, ge=1)
     """Answers that are decoded side by side."""
+    loss: Literal["completion", "all"] = "completion"
+    """Which tokens are learned: those that were sampled, or the prompt's and the tools' too."""
 
     @model_validator(mode="after")
     def no_more_are_kept_than_sampled(self) -> Self:

@@ -151,4 +151,4 @@ def _tokens(
 ) -> list[TokenRow]:
     spec = rendered_as(source, config.domains)
     with closing(Task(spec, tokenizer, folder=job.folder, seed=job.seed, need=Need())) as task:
-        return token_rows(task, rows, config.pretrain)
+        return token_rows(task, rows, config.pretrain.loss)

@@ -1,7 +1,7 @@
 """Supervised training on demonstrations, by trl.SFTTrainer on rows that are token ids already.
 
 The loss is the mean cross entropy over the learned tokens of a step, however it is cut into
-microbatches. Several domains give the SFT of the `mixed` baseline.
+microbatches or packed. Several domains give the SFT of the `mixed` baseline.
 """
 
 import hashlib
@@ -23,6 +23,7 @@ from posttrain.job import Job
 from posttrain.tasks import Task
 from specialists import training
 from specialists.config import (
+    Loss,
     SftConfig,
     SftStage,
     SupervisedConfig,
@@ -143,7 +144,7 @@ def demonstrations(spec: DomainSpec, tokenizer: Any, config: SftConfig, job: Job
                 "response: add responses to its data, or remove its sft"
             )
         chosen = sorted(rows, key=lambda row: row.id)[: config.num_demonstrations]
-        return token_rows(task, chosen, config)
+        return token_rows(task, chosen, config.loss)
 
 
 def need_of(config: SftConfig) -> Need:
@@ -246,10 +247,10 @@ def build_trainer(
     )
 
 
-def token_rows(task: Task, rows: Sequence[Any], config: SupervisedConfig) -> list[TokenRow]:
+def token_rows(task: Task, rows: Sequence[Any], loss: Loss) -> list[TokenRow]:
     """The rows as the task renders them, with the tokens that carry loss marked."""
-    examples = task.demonstrations(rows)
-    learns_all = config.loss == "all"
+    examples = task.demonstrations(rows, completion_only=loss == "completion")
+    learns_all = loss == "all"
     return [
         TokenRow(row.id, tokens, [learns_all or own for own in is_own], row.source)
         for row, (tokens, is_own) in zip(rows, examples, strict=True)

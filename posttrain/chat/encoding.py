@@ -120,8 +120,10 @@ def encode_example(
     *,
     tools: Sequence[Mapping[str, Any]] = (),
     effort: Effort = "none",
+    since: int = 0,
 ) -> tuple[list[int], list[bool]]:
-    """The ids of a whole conversation and, for each, whether the assistant wrote it (its EOS too).
+    """The ids of a whole conversation and, for each, whether the assistant wrote it (its EOS too)
+    in message `since` or later.
 
     Raises:
         DataError: if the messages do not end with the assistant, or hold an unknown role.
@@ -132,10 +134,10 @@ def encode_example(
         )
     if not is_v4(tokenizer):
         return template.encode_example(
-            tokenizer, messages, tools=tools, is_thinking=effort != "none"
+            tokenizer, messages, tools=tools, is_thinking=effort != "none", since=since
         )
     _check_reminders(tokenizer, messages)
-    return _encode(tokenizer, _conversation(messages, tools, effort))
+    return _encode(tokenizer, _conversation(messages, tools, effort, since=since))
 
 
 def encode_tool_results(
@@ -209,9 +211,14 @@ def _encode(
 
 
 def _conversation(
-    messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], effort: Effort
+    messages: Sequence[Message],
+    tools: Sequence[Mapping[str, Any]],
+    effort: Effort,
+    *,
+    since: int = 0,
 ) -> list[Piece]:
-    """A V4 conversation; it ends with the mark to answer after, or with the assistant's EOS."""
+    """A V4 conversation; it ends with the mark to answer after, or with the assistant's EOS. Own
+    are the turns from message `since` on."""
     num_system = next(
         (i for i, m in enumerate(messages) if m.get("role") != "system"), len(messages)
     )
@@ -247,7 +254,8 @@ def _conversation(
                 # unless there are tools, whose use it explains.
                 is_thinking = effort != "none" and (has_tools or i > last_user)
                 pieces += [*_heard(heard), _mark(is_thinking=is_thinking)]
-                pieces += _assistant_turn(message, is_thinking=is_thinking)
+                turn = _assistant_turn(message, is_thinking=is_thinking)
+                pieces += [piece._replace(is_own=i >= since) for piece in turn]
                 heard = []
             case role:
                 raise DataError(

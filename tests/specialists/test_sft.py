@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Callable
 from functools import partial
 from hashlib import sha256
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -54,11 +55,27 @@ def test_the_first_loss_is_the_mean_over_the_learned_tokens(
     assert job.metrics.records()[0]["tokens"] == sum(sum(row.is_learned) for row in rows)
 
 
-def test_the_whole_row_is_learned_where_asked(
-    tokenizer: Any, words: DomainSpec, new_job: NewJob
+@pytest.mark.parametrize(
+    ("loss", "learned"),
+    [
+        ("assistant", ["b<end>", "d<end>"]),
+        ("completion", ["d<end>"]),
+        ("all", ["<｜begin▁of▁sentence｜><｜User｜>a<｜Assistant｜></think>b<end><｜User｜>c"
+                 "<｜Assistant｜></think>d<end>"]),
+    ],
+)  # fmt: skip
+def test_the_loss_says_which_turns_are_learned(
+    tokenizer: Any, words: DomainSpec, new_job: NewJob, loss: Any, learned: list[str]
 ) -> None:
-    (row, *_) = sft.demonstrations(words, tokenizer, SftConfig(loss="all"), new_job("sft"))
-    assert all(row.is_learned)
+    job = new_job("sft")
+    said = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
+    row = {"messages": [{"role": role, "content": text} for role, text in said]}
+    (job.folder / "talk.jsonl").write_text(json.dumps(row) + "\n")
+    spec = words.model_copy(update={"data": DataConfig(jsonl="talk.jsonl"), "heldout_share": 1e-9})
+    (found,) = sft.demonstrations(spec, tokenizer, SftConfig(loss=loss), job)
+    pairs = groupby(zip(found.tokens, found.is_learned, strict=True), key=lambda pair: pair[1])
+    texts = [tokenizer.decode([t for t, _ in part]) for is_learned, part in pairs if is_learned]
+    assert [text.replace(tokenizer.eos_token, "<end>") for text in texts] == learned
 
 
 def test_microbatches_change_no_number(start: Path, words: DomainSpec, new_job: NewJob) -> None:
