@@ -331,6 +331,7 @@ class V4ForCausalLM(V4PreTrainedModel, stock.DeepseekV4ForCausalLM):
         self.model.causal = weakref.ref(self)
         if config.with_mtp:
             self.mtp = nn.ModuleList([V4MTPBlock(config)])
+            self.mtp.requires_grad_(bool(config.mtp_loss_weight))
         self.router_aux_loss_coef = 0.0
         self.num_experts = config.n_routed_experts
         self.num_experts_per_tok = config.num_experts_per_tok

@@ -241,7 +241,7 @@ def observe(base: V4Model, ids_BS: Tensor, **batch: Any) -> Observed:
 
 def add_mtp(model: Any) -> V4MTPBlock:
     """A fresh block as `model.mtp[0]` with its initial values, on the model's device, in its dtype
-    (what V4 keeps in float32 stays there)."""
+    (what V4 keeps in float32 stays there). It can learn, by `mtp_loss` too."""
     with torch.device(model.device):
         block = V4MTPBlock(model.config)
     kept = set(model._keep_in_fp32_modules_strict)

@@ -77,7 +77,8 @@ def load(
         dtype: float32 or bfloat16, both exact for FP8 with E8M0 scales and for FP4. Norms, sinks,
             mHC and what else V4 keeps in float32 is float32 in either.
         keep_fp4: routed experts stay packed, for inference (`fp4_experts`).
-        with_mtp: give the model its MTP block too, as `model.mtp[0]`.
+        with_mtp: give the model its MTP block too, as `model.mtp[0]`; frozen, for speculation,
+            unless the config has an `mtp_loss_weight`.
 
     Raises:
         OfficialError: anything missing, truncated, unknown or of another shape, all named.
@@ -87,7 +88,7 @@ def load(
     folder = Path(directory)
     model = _empty_model(folder, dtype)
     if with_mtp:
-        add_mtp(model)
+        add_mtp(model).requires_grad_(bool(model.config.mtp_loss_weight))
     if keep_fp4:
         pack_experts(model, is_filled=False)
     fill(model, folder, dtype=dtype)

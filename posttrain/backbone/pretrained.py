@@ -36,8 +36,9 @@ loss in each document's experts; V4 was pre-trained with 1e-4 (balance.py). `fak
 the parts that are rounded as serving rounds them (fake_quant.py); said before the model is made.
 `mtp_loss_weight`: of the loss in what `with_mtp`'s block predicts; V4 was pre-trained with 0.3, at
 last 0.1. None by default, since it trains the backbone to imitate its batch, whatever the trainer
-wants from it: samples under reinforcement learning, the rejected answer under DPO, prompts. At 0
-the block takes no part and gets no gradient: freeze it before DDP, which waits for gradients."""
+wants from it: samples under reinforcement learning, the rejected answer under DPO, prompts. A model
+made at 0 has its block frozen, so that DDP waits for no gradient of it and no weight decay eats it:
+`model.mtp.requires_grad_(True)` before it is to learn after all."""
 
 # a class from outside transformers gets no name conversion unless it is registered: stock's default
 # save_pretrained and official files would be read with most weights missing

@@ -9,9 +9,12 @@ from random import Random
 from posttrain.generated.mixing import Row, distinct, mixed
 
 
-def problems(*, size: int, seed: int) -> Iterator[Row]:
-    """Up to `size` different sums, each worked through."""
-    return distinct(_problem, size=size, seed=seed)
+def problems(*, size: int, seed: int, shots: int = 0) -> Iterator[Row]:
+    """Up to `size` different sums, each worked through, after so many others in the prompt."""
+    rng = Random(f"{seed}/shots")
+    for row in distinct(_problem, size=size, seed=seed):
+        examples = [_problem(rng) for _ in range(shots)]
+        yield {**row, "prompt": "".join([*map(_worked, examples), row["prompt"]])}
 
 
 def web(*, size: int, seed: int, quality: float = 0.4) -> Iterator[Row]:
@@ -28,6 +31,11 @@ def _problem(rng: Random) -> Row:
         "answer": answer,
         "demonstration": [{"role": "assistant", "reasoning": working, "content": answer}],
     }
+
+
+def _worked(row: Row) -> str:
+    (message,) = row["demonstration"]
+    return f"{row['prompt']}{message['reasoning']};{message['content']}\n"
 
 
 def _add(left: int, right: int, *, carry: int) -> tuple[str, str]:

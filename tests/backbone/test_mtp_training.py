@@ -232,8 +232,11 @@ def test_a_block_on_a_frozen_backbone_learns_alone() -> None:
     assert_same(found, wanted)
 
 
-def test_ddp_finds_every_parameter_in_use_however_short_the_rows_are(tmp_path: Path) -> None:
-    model = make(balance_loss_weight=1.0)
+@pytest.mark.parametrize("weight", [WEIGHT, 0.0])
+def test_ddp_finds_every_parameter_in_use_however_short_the_rows_are(
+    tmp_path: Path, weight: float
+) -> None:
+    model = make(balance_loss_weight=1.0, mtp_loss_weight=weight)
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/s", rank=0, world_size=1)
     try:
         parallel = DistributedDataParallel(model)
@@ -242,7 +245,12 @@ def test_ddp_finds_every_parameter_in_use_however_short_the_rows_are(tmp_path: P
             parallel(torch.full((1, length), 5)).logits.sum().backward()
     finally:
         dist.destroy_process_group()
-    assert [name for name, p in model.named_parameters() if p.grad is None] == []
+    waiting = {name for name, p in model.named_parameters() if p.requires_grad and p.grad is None}
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    assert waiting == set()
+    assert frozen == (
+        {n for n, _ in model.named_parameters() if "mtp" in n} if not weight else set()
+    )
 
 
 def test_what_cannot_be_foretold_is_said() -> None:

@@ -60,9 +60,11 @@ def spoilt(rows: list[ScoredExample]) -> list[ScoredExample]:
 
 
 def refusal(mesh: Mesh, teachers: dict[str, Any], rows: list[ScoredExample]) -> str:
-    """Of a student whose block of further tokens learns nothing."""
+    """Of a student whose block of further tokens is to learn, and learns nothing."""
+    student = tiny_model(0, VOCAB, with_mtp=True)
+    student.mtp.requires_grad_(True)
     try:
-        learner(mesh, teachers, "adamw", tiny_model(0, VOCAB, with_mtp=True)).step(rows)
+        learner(mesh, teachers, "adamw", student).step(rows)
     except StageError as error:
         return str(error)
     raise AssertionError("it took a step")

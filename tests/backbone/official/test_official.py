@@ -182,6 +182,7 @@ def test_the_mtp_block_is_loaded_where_asked_for(written: tuple[Path, Writer]) -
     folder, writer = written
     model: Any = official.load(folder, dtype=torch.float32, with_mtp=True)
     block = model.mtp[0]
+    assert not any(parameter.requires_grad for parameter in block.parameters())
     for name, found in {
         "e_proj.weight": block.e_proj.weight,
         "hnorm.weight": block.hnorm.weight,
