@@ -125,6 +125,7 @@ def open_tasks(stage: OpdStage, tokenizer: Any, job: Job) -> Generator[dict[str,
                         seed=job.seed,
                         need=need,
                         judge=stand_in(spec.judge, job.inputs, domain=spec.name),
+                        out=job.out,
                     )
                 )
             )

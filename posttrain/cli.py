@@ -219,7 +219,8 @@ def doctor(
     as_json: AsJson = False,
 ) -> None:
     """Say what is in a checkpoint, and what is wrong with it; or whether a recipe's graders tell
-    right from wrong: every row's gold answer is to score 1, and wrong ones less."""
+    right from wrong, every row's gold answer being to score 1 and wrong ones less, and which of its
+    train prompts say nearly what a test's say."""
     with user_errors():
         if Path(target).is_dir():
             from posttrain.pipeline.checkpoint_checks import checkpoint_folder
@@ -230,12 +231,12 @@ def doctor(
             found = examine(folder, measure=measure)
         else:
             from posttrain.pipeline.checks import check_recipe
-            from posttrain.pipeline.gold import check_gold
+            from posttrain.pipeline.data_report import check_data
             from posttrain.pipeline.recipe_file import load_recipe
 
             file = load_recipe(target, overrides or ())
             check_recipe(file)
-            found = check_gold(file)
+            found = check_data(file)
         print(json.dumps(found.json(), indent=1) if as_json else found.text())
         found.raise_problems()
 

@@ -2,7 +2,8 @@
 
 report.json holds `checkpoints`, `headroom` and `seconds`, and besides `tokens` (those with loss, by
 stage), `progress` (scores while a stage ran), `headroom_intervals`, `differences`, `failures`,
-`samples`, `verdict` and `versions`. Both files say the same.
+`left_out` (of training: prompts near a test's), `samples`, `verdict` and `versions`. Both files say
+the same.
 """
 
 import json
@@ -21,6 +22,7 @@ from posttrain.report_page import (
     curves,
     difference_table,
     failures_of,
+    left_out,
     sample_cards,
     score_bars,
     score_table,
@@ -62,6 +64,7 @@ def to_json(stage: ReportStage, run: Run, numbers: Numbers) -> dict[str, Any]:
         "tokens": run.tokens,
         "progress": run.progress,
         "failures": failures_of(run),
+        "left_out": left_out(run),
         "samples": run.transcripts,
         "versions": versions(),
     }
@@ -88,6 +91,7 @@ def render(stage: ReportStage, run: Run, numbers: Numbers) -> str:
         times=time_bars(run),
         total_time=duration(sum(run.seconds.values())),
         failures=failures_of(run),
+        left_out=left_out(run),
         recipe=stage.recipe,
         versions=versions(),
     )

@@ -6,10 +6,11 @@ Names are the report's: checkpoints `base`, `sft/<domain>`, `specialist/<domain>
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from posttrain.domains.overlap import told
 from posttrain.errors import DataError
 from posttrain.metrics import read_records
 
@@ -29,6 +30,8 @@ class Run:
     """stage -> its metrics, oldest first."""
     seconds: dict[str, float]
     """stage -> wall time in seconds, evaluations included."""
+    overlaps: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict[str, Any])
+    """stage -> domain -> what it left out of training (posttrain/domains/overlap.py)."""
 
     @property
     def tokens(self) -> dict[str, int]:
@@ -79,6 +82,7 @@ def read_run(inputs: Mapping[str, Path]) -> Run:
         seconds={
             name: float(read_json(path / "done.json")["seconds"]) for name, path in stages.items()
         },
+        overlaps={name: found for name, path in stages.items() if (found := told(path))},
     )
 
 

@@ -357,6 +357,22 @@ def time_bars(run: Run) -> list[dict[str, Any]]:
     ]
 
 
+def left_out(run: Run) -> list[dict[str, Any]]:
+    """Prompts too near to a test's that a stage did not train on, with the nearest pair."""
+    return [
+        {
+            "stage": stage,
+            "domain": domain,
+            "count": found["num_left_out"],
+            "of": found["num_train"],
+            "rule": f"over {found['max_overlap']:g} of runs of {found['num_words']} words",
+            "nearest": found["pairs"][0] if found["pairs"] else None,
+        }
+        for stage, by_domain in run.overlaps.items()
+        for domain, found in by_domain.items()
+    ]
+
+
 def failures_of(run: Run) -> dict[str, dict[str, dict[str, int]]]:
     """Answers that no reward could judge: stage -> domain -> kind -> count, without the zeros."""
     found: dict[str, dict[str, dict[str, int]]] = {}

@@ -22,9 +22,9 @@ from posttrain.domains import (
     Overlap,
     Row,
     Toolbox,
-    load_rows,
     load_sides,
-    overlaps,
+    near_tests,
+    overlap,
     refuse_names_of_tool_arguments,
 )
 from posttrain.errors import DataError, RewardError
@@ -109,6 +109,7 @@ class Task:
         seed: int,
         need: Need | None = None,
         judge: JudgeModel | Path | None = None,
+        out: Path | None = None,
     ) -> None:
         """Load the rows and the tools.
 
@@ -117,6 +118,7 @@ class Task:
             seed: decides generated data, and what a judge says.
             need: the rows that are read of streamed data; None: all.
             judge: who judges where `spec.judge` names no folder (`posttrain.judge.stand_in`).
+            out: of a stage that trains: where it tells which rows are too near to a test's.
 
         Raises:
             DataError, RecipeError: what is wrong with the data or a tool.
@@ -138,8 +140,8 @@ class Task:
         if spec.environment is not None:
             self._prompt_tools = tools_of(spec.environment)
         self.train, self.heldout = load_sides(spec, folder=folder, seed=seed, need=need)
-        self.contaminated = self._contaminated(seed)
-        left_out = {overlap.row.id for overlap in self.contaminated}
+        self.contaminated = self._contaminated(out)
+        left_out = {near.row.id for near in self.contaminated}
         self.train = [row for row in self.train if row.id not in left_out]
         self._rows = {row.id: row for row in (*self.train, *self.heldout)}
         if self._tools:
@@ -148,18 +150,16 @@ class Task:
             self._read_by_judge(row)
         self._grader: Grader | None = None
 
-    def _contaminated(self, seed: int) -> list[Overlap]:
+    def _contaminated(self, out: Path | None) -> list[Overlap]:
         """Rows to train on that are too near to a test's."""
         config = self.spec.decontaminate
         if config is None:
             return []
-        tests = {"held out": self.heldout} | {
-            name: load_rows(data, folder=self._folder, seed=seed)
-            for name, data in config.against.items()
-        }
-        found = overlaps(self.train, tests, num_words=config.num_words, above=config.max_overlap)
+        found = near_tests(config, self.train, self.heldout, folder=self._folder, seed=self._seed)
+        if out is not None:
+            overlap.tell(found, out, domain=self.name, num_train=len(self.train), config=config)
         if found:
-            worst = max(found, key=lambda overlap: overlap.share)
+            worst = max(found, key=lambda near: near.share)
             LOGGER.warning(
                 "domain %r: %d of %d prompts are too near to a test's and not trained on; nearest, "
                 "by %.2f: %r and, %s, %r",

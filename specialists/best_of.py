@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from posttrain.checkpoints import load_model, load_tokenizer
-from posttrain.domains import Need
+from posttrain.domains import Need, overlap
 from posttrain.errors import DataError
 from posttrain.files import write_atomic
 from posttrain.job import Job
@@ -78,7 +78,8 @@ def work(config: BestOfStage, job: Job) -> None:
     with task_score([config.domain], kept, tokenizer, config.best_of, job, need=need) as score:
         learn(
             model, tokenizer, learned, config=config.best_of, job=job,
-            facts=accepted["counts"], validation=kept, score=score, base=base,
+            facts=accepted["counts"] | overlap.counts(job.out), validation=kept, score=score,
+            base=base,
         )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from datasets import Dataset
 from trl.trainer.grpo_config import GRPOConfig
 
 from posttrain.checkpoints import load_tokenizer
-from posttrain.domains import Need, Row
+from posttrain.domains import Need, Row, overlap
 from posttrain.errors import DataError
 from posttrain.job import Job
 from posttrain.tasks import Task
@@ -59,11 +59,7 @@ def work(config: GrpoStage, job: Job) -> None:
         )
         trainer = build_trainer(model, tokenizer, sampler, config, job)
         counts = {f"prompts/{task.name}": len(task.train) for task in tasks}
-        counts |= {
-            f"contaminated/{task.name}": len(task.contaminated)
-            for task in tasks
-            if task.spec.decontaminate
-        }
+        counts |= overlap.counts(job.out)
         training.run(
             trainer, job, tokenizer, read_metrics=sampler.read_metrics, facts=counts, base=base
         )

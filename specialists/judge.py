@@ -16,4 +16,6 @@ def open_task(
     that it has at each scoring; without one the base does, so that scores compare."""
     model = actor and JudgeModel(actor, tokenizer, engine_for)
     judge = stand_in(spec.judge, job.inputs, domain=spec.name, actor=model)
-    return Task(spec, tokenizer, folder=job.folder, seed=job.seed, need=need, judge=judge)
+    return Task(
+        spec, tokenizer, folder=job.folder, seed=job.seed, need=need, judge=judge, out=job.out
+    )

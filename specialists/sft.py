@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from trl.trainer.sft_config import SFTConfig
 
 from posttrain.checkpoints import load_tokenizer
-from posttrain.domains import DomainSpec, Need
+from posttrain.domains import DomainSpec, Need, overlap
 from posttrain.errors import DataError
 from posttrain.job import Job
 from posttrain.tasks import Task
@@ -60,7 +60,7 @@ def work(config: SftStage, job: Job) -> None:
     with task_score(config.domains, kept, tokenizer, config.sft, job, need=need) as score:
         learn(
             model, tokenizer, sources, config=config.sft, job=job, weights=weights,
-            validation=kept, score=score, base=base,
+            validation=kept, score=score, base=base, facts=overlap.counts(job.out),
         )  # fmt: skip
 
 

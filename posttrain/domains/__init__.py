@@ -4,7 +4,7 @@ from posttrain.domains.config import DataConfig, DomainSpec, SourceConfig, ToolC
 from posttrain.domains.fingerprint import fingerprint
 from posttrain.domains.mixing import check_parts
 from posttrain.domains.objects import import_object
-from posttrain.domains.overlap import Overlap, overlaps
+from posttrain.domains.overlap import Overlap, near_tests, overlaps
 from posttrain.domains.rows import (
     Row,
     is_heldout,
@@ -32,6 +32,7 @@ __all__ = [
     "is_heldout",
     "load_rows",
     "load_sides",
+    "near_tests",
     "overlaps",
     "refuse_names_of_tool_arguments",
     "row_of",

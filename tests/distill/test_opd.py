@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -22,10 +23,12 @@ from small_runs import (
 
 from distill.batch import Example, ScoredExample
 from distill.mesh import Mesh
-from distill.opd import work
+from distill.opd import open_tasks, work
 from distill.rollouts import read_along
 from distill.roster import EDITED, RECORDED
 from posttrain.checkpoints import load_model, load_tokenizer, save_checkpoint
+from posttrain.domains import is_heldout, overlap
+from posttrain.domains.config import DecontaminateConfig
 from posttrain.errors import (
     CheckpointError,
     InsufficientResources,
@@ -34,6 +37,7 @@ from posttrain.errors import (
 )
 from posttrain.job import Job
 from posttrain.rollout.types import Request, Rollout
+from posttrain.tokenizer import build_tokenizer
 
 HOME = Path(__file__).resolve().parents[2]
 DOMAIN_TEACHERS = [f"specialist/{domain}" for domain in DOMAINS]
@@ -319,3 +323,23 @@ def test_narrow_teachers_beside_a_learner_that_samples_ahead_are_refused(
 ) -> None:
     with pytest.raises(InsufficientResources, match=r"raise cluster\.num_workers to 2"):
         work(opd_stage(max_staleness=1, teacher_dtype="bfloat16"), make_job("refused"))
+
+
+def test_no_domain_is_distilled_on_a_prompt_near_a_tests(make_job: Callable[[str], Job]) -> None:
+    job, rng = make_job("opd"), Random(4)
+    texts = [" ".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=9)) for _ in range(64)]
+    held = [text for text in texts if is_heldout([{"role": "user", "content": text}], 0.125)]
+    near = {f"{text} z" for text in held}
+    near = {text for text in near if not is_heldout([{"role": "user", "content": text}], 0.125)}
+    lines = [json.dumps({"prompt": text, "answer": "1"}) for text in (*texts, *near)]
+    (job.folder / "mathematics.jsonl").write_text("\n".join(lines))
+    stage = opd_stage()
+    clean = stage.domains[0].model_copy(update={"decontaminate": DecontaminateConfig(num_words=4)})
+    stage = stage.model_copy(update={"domains": [clean, stage.domains[1]]})
+    with open_tasks(stage, build_tokenizer(), job) as tasks:
+        learned = {row.messages[-1]["content"] for row in tasks["mathematics"].train}
+    assert learned == set(texts) - set(held)
+    told = overlap.told(job.out)
+    assert told.keys() == {"mathematics"}
+    assert {pair["train"] for pair in told["mathematics"]["pairs"]} == near
+    assert near

@@ -10,7 +10,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from posttrain.domains import DataConfig, DomainSpec, Row, fingerprint, load_rows, overlaps, row_of
+from posttrain.domains import (
+    DataConfig,
+    DomainSpec,
+    Row,
+    fingerprint,
+    load_rows,
+    near_tests,
+    overlap,
+    overlaps,
+    row_of,
+)
+from posttrain.domains.config import DecontaminateConfig
 from posttrain.domains.overlap import grams
 from posttrain.errors import DataError
 from posttrain.tasks import Task
@@ -97,6 +108,28 @@ def test_prompts_near_a_tests_are_not_trained_on(tmp_path: Path) -> None:
         assert gone == wanted
         assert len(gone) > 2
         assert {o.source for o in clean.contaminated} == {"held out", "test"}
+
+
+def test_what_was_left_out_is_told_with_both_texts_cut(tmp_path: Path) -> None:
+    rng = Random(3)
+    long = " ".join(words(rng, 60))
+    part = " ".join([*long.split()[:45], *words(rng, 15)])  # 42 of 57 runs
+    train, heldout = [row(part), row(long), row("one two three four")], [row(f"{long} more")]
+    config = DecontaminateConfig(num_words=4)
+    found = near_tests(config, train, heldout, folder=tmp_path, seed=0)
+    for _ in range(2):  # a stage that goes on tells it again
+        overlap.tell(found, tmp_path, domain="d", num_train=3, config=config)
+        told = overlap.told(tmp_path)["d"]
+        assert (told["num_train"], told["num_left_out"]) == (3, 2)
+        pair, second = told["pairs"]
+        assert (second["train_id"], second["share"]) == (train[0].id, round(42 / 57, 4))
+        assert (pair["train_id"], pair["test_id"]) == (train[1].id, heldout[0].id)
+        assert (pair["share"], pair["source"]) == (1.0, "held out")
+        assert long.startswith(pair["train"].removesuffix("..."))
+        assert len(pair["train"]) == len(pair["test"]) == overlap.SHOWN
+    assert [path.name for path in (tmp_path / overlap.FOLDER).iterdir()] == ["d.json"]
+    assert overlap.counts(tmp_path) == {"contaminated/d": 2.0}
+    assert overlap.told(tmp_path / "elsewhere") == {}
 
 
 def test_a_parquet_file_gives_the_rows_that_its_jsonl_gives(tmp_path: Path) -> None:

@@ -139,6 +139,11 @@ def make_run(folder: Path) -> dict[str, Path]:
     for name, (records, seconds) in stages.items():
         inputs[f"metrics/{name}"] = folder / name.replace("/", ".")
         make_training(inputs[f"metrics/{name}"], records, seconds)
+    pair = {"share": 0.75, "train": "a <b> prompt", "test": "a test's", "source": "held out"}
+    told = {"domain": "code", "num_words": 8, "max_overlap": 0.5, "num_train": 90}
+    path = inputs["metrics/sft/code"] / "overlaps" / "code.json"
+    path.parent.mkdir()
+    write_json(path, {**told, "num_left_out": 1, "pairs": [pair]})
     for name in RIGHT:
         inputs[f"evaluate/{name}"] = folder / f"evaluate.{name.replace('/', '.')}"
         make_evaluation(inputs[f"evaluate/{name}"], name, generator)
@@ -164,6 +169,14 @@ def made(
 ) -> tuple[dict[str, Any], str]:
     out = tmp_path_factory.mktemp("report")
     return make_report(out, inputs), (out / "report.html").read_text(encoding="utf-8")
+
+
+def test_what_a_stage_left_out_of_its_training_is_told(made: tuple[dict[str, Any], str]) -> None:
+    facts, page = made
+    (told,) = facts["left_out"]
+    assert (told["stage"], told["domain"]) == ("sft/code", "code")
+    assert (told["count"], told["of"], told["nearest"]["share"]) == (1, 90, 0.75)
+    assert "0.75, a &lt;b&gt; prompt / a test&#39;s (held out)" in page
 
 
 def numbers_of(scores: dict[str, dict[str, list[float]]], **oracle: str) -> Numbers:
