@@ -78,7 +78,8 @@ class GroupSampler:
         self.engine, self.tasks, self.visits = engine, tasks, visits
         self.config, self.size, self._seed = config, config.samples_per_prompt, seed
         self._curriculum = curriculum
-        self._chosen: dict[int, Row] = {}
+        self._chosen: dict[tuple[int, int], Row] = {}
+        """Of this sampling, by visit and attempt."""
         self._metrics: dict[str, float] = {}
         self._scoring_s = 0.0
 
@@ -89,9 +90,10 @@ class GroupSampler:
         visits = [int(prompt) for prompt in prompts[:: self.size]]
         graders, tools = self._num_grader_failures(), self._num_tool_failures()
         judged = self._num_unjudged_and_votes()
-        self._choose(visits)
+        self._chosen = {}
+        if self._curriculum is not None:
+            self._curriculum.begin(self.engine.version)
         first = self.answered(visits)
-        self._record(first)
         groups, num_tokens, num_refills = self._refilled(first)
         found = [groups[visit] for visit in visits]
         self._metrics = {
@@ -110,25 +112,29 @@ class GroupSampler:
             [reward for group in found for reward in group.rewards],
         )
 
-    def _choose(self, visits: Sequence[int]) -> None:
-        """Decide the visits' rows by what was measured before this sampling."""
+    def _choose(self, visit: int, attempt: int) -> Row:
+        """The row of a visit, by what was measured before; attempts above 0 take another."""
+        task, planned = self.visits[visit]
+        if attempt:
+            rows = self._alike(visit)
+            if self._curriculum is None:
+                return Random(f"{self._seed}/{visit}/{attempt}").choice(rows)
+            return self._curriculum.replace(visit, attempt, task, rows)
         if self._curriculum is None:
-            return
-        self._curriculum.begin(self.engine.version)
-        self._chosen = {
-            visit: self._curriculum.choose(visit, *self.visits[visit], self._alike(visit))
-            for visit in visits
-        }
+            return planned
+        return self._curriculum.choose(visit, task, planned, self._alike(visit))
 
-    def _record(self, groups: dict[int, Group]) -> None:
+    def _record(self, groups: dict[int, Group], attempt: int) -> None:
         if self._curriculum is None:
             return
         for visit, group in groups.items():
             if all(map(math.isnan, group.rewards)):
                 continue  # nobody could judge: nothing was measured
-            task, row = self.visits[visit][0], self._row(visit, 0)
             self._curriculum.record(
-                self.engine.version, task, row, has_spread=len(group.judged) > 1
+                self.engine.version,
+                self.visits[visit][0],
+                self._row(visit, attempt),
+                has_spread=len(group.judged) > 1,
             )
 
     def read_metrics(self) -> dict[str, float]:
@@ -137,7 +143,8 @@ class GroupSampler:
         return found
 
     def answered(self, visits: Sequence[int], attempt: int = 0) -> dict[int, Group]:
-        """A group for each visit; those of attempts above 0 answer other prompts."""
+        """A group for each visit; those of attempts above 0 answer other prompts. What they show of
+        their prompts is recorded."""
         sampled = self.sample(visits, attempt)
         start = time.perf_counter()
         scores = self.score(visits, sampled)
@@ -145,7 +152,9 @@ class GroupSampler:
         penalties = [
             self._penalties(self._task(v), g) for v, g in zip(visits, sampled, strict=True)
         ]
-        return dict(zip(visits, map(Group, sampled, scores, penalties), strict=True))
+        found = dict(zip(visits, map(Group, sampled, scores, penalties), strict=True))
+        self._record(found, attempt)
+        return found
 
     def _penalties(self, task: Task, group: Sequence[Rollout]) -> list[float]:
         config, spec = self.config.length_penalty, task.spec
@@ -230,9 +239,9 @@ class GroupSampler:
         return self.tasks[self.visits[visit][0]]
 
     def _row(self, visit: int, attempt: int) -> Row:
-        if attempt == 0:
-            return self._chosen.get(visit, self.visits[visit][1])
-        return Random(f"{self._seed}/{visit}/{attempt}").choice(self._alike(visit))
+        if (visit, attempt) not in self._chosen:
+            self._chosen[visit, attempt] = self._choose(visit, attempt)
+        return self._chosen[visit, attempt]
 
     def _alike(self, visit: int) -> list[Row]:
         """The prompts that may take the place of a visit's: of its domain and part of a mixture."""

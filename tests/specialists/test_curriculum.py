@@ -41,6 +41,20 @@ def test_a_share_is_fresh_and_the_others_had_different_rewards(tmp_path: Path) -
     assert max(Counter(chosen[v] for v in range(0, 1000, 40)).values()) < 15
 
 
+def test_a_group_without_spread_never_makes_room_for_a_prompt_that_is_known_to_have_none(
+    tmp_path: Path,
+) -> None:
+    curriculum = measured(tmp_path / "visits.jsonl", 0.3)
+    taken = [curriculum.replace(v, 1 + v % 3, 0, ROWS).id for v in range(2000)]
+    useless = {ROWS[i].id for i in range(1, 10, 2)}
+    counts = Counter(taken)
+    assert set(counts) == {row.id for row in ROWS} - useless  # fresh ones, and those that teach
+    assert max(counts.values()) < 2 * min(counts.values())  # all alike
+    assert {curriculum.replace(v, 1, 1, ROWS).id for v in range(2000)} == {r.id for r in ROWS}
+    only_useless = [ROWS[1], ROWS[3]]
+    assert curriculum.replace(0, 1, 0, only_useless) in only_useless
+
+
 def test_one_tasks_measures_say_nothing_of_anothers(tmp_path: Path) -> None:
     curriculum = measured(tmp_path / "visits.jsonl", 0.0)
     assert [curriculum.choose(v, 1, ROWS[v], ROWS) for v in range(40)] == ROWS

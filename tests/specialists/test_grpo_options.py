@@ -1,5 +1,6 @@
 """GRPO off-policy and on what the sampler chose: gradients against formulas, a row at a time."""
 
+import json
 import math
 from collections.abc import Callable, Generator
 from contextlib import closing, contextmanager
@@ -36,7 +37,8 @@ from posttrain.rollout.engine import Engine
 from posttrain.rollout.types import Rollout
 from posttrain.tasks import Task
 from specialists import grpo, training
-from specialists.config import GrpoConfig, LengthPenalty
+from specialists.config import CurriculumConfig, GrpoConfig, LengthPenalty
+from specialists.curriculum import Curriculum
 from specialists.effort import length_penalty
 from specialists.groups import GroupSampler
 
@@ -190,13 +192,19 @@ def test_the_sampler_and_the_learner_give_one_probability_of_what_was_left(
 
 @contextmanager
 def sampler_of(
-    config: GrpoConfig, start: Path, tokenizer: Any, words: DomainSpec, job: Job
+    config: GrpoConfig,
+    start: Path,
+    tokenizer: Any,
+    words: DomainSpec,
+    job: Job,
+    *,
+    curriculum: Curriculum | None = None,
 ) -> Generator[GroupSampler]:
     """The stage's sampler of one domain."""
     with closing(Task(words, tokenizer, folder=job.folder, seed=0)) as task:
         visits = grpo.prompt_order([task], config, seed=0)
         engine = Engine(load_model(start / "checkpoint"), num_slots=12, seed=0)
-        yield GroupSampler(engine, [task], visits, config=config, seed=0)
+        yield GroupSampler(engine, [task], visits, config=config, seed=0, curriculum=curriculum)
 
 
 def first_step(sampler: GroupSampler) -> dict[str, list[Any]]:
@@ -232,6 +240,35 @@ def test_groups_without_spread_make_room_for_other_prompts(
             assert first["prompt_ids"][i] != plain["prompt_ids"][i]
         assert first["prompt_ids"][i] == first["prompt_ids"][i + 1]
     assert 0 < num_kept < 6
+
+
+def test_no_prompt_that_is_known_to_be_useless_takes_a_groups_place(
+    start: Path, tokenizer: Any, words: DomainSpec, new_job: NewJob
+) -> None:
+    words = words.model_copy(update={"max_new_tokens": 1})
+    config = stage([words], prompts_per_step=6, refill_rounds=4, temperature=1.0).grpo
+    path = new_job("grpo").out / "visits.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    curriculum = Curriculum(path, CurriculumConfig(fresh_share=1.0), seed=0)
+    with sampler_of(
+        config, start, tokenizer, words, new_job("grpo"), curriculum=curriculum
+    ) as sampler:
+        rows = sampler.tasks[0].train
+        planned = {row.id for _, row in sampler.visits[:6]}
+        others = [row for row in rows if row.id not in planned]
+        curriculum.begin(0)
+        for row in others[3:]:
+            curriculum.record(-1, 0, row, has_spread=False)
+        first_step(sampler)
+        num_refills = sampler.read_metrics()["groups_refilled"]
+    measured = [json.loads(line) for line in path.read_text().splitlines()]
+    measured = [line for line in measured if line["step"] >= 0]
+    assert {line["id"] for line in measured[:6]} == planned
+    again = measured[6:]  # what took a place has been measured too
+    assert again
+    known = {line["id"] for line in measured[:6] if not line["has_spread"]}
+    assert {line["id"] for line in again} <= planned - known | {row.id for row in others[:3]}
+    assert sum(line["has_spread"] for line in again) == num_refills
 
 
 def test_the_reference_becomes_the_policy_buffers_too(
@@ -271,7 +308,7 @@ def test_the_reference_becomes_the_policy_buffers_too(
     [
         {"kl_weight": 0.05, "reference_every": 1},
         {"steps_per_sampling": 2, "refill_rounds": 1, "top_k": 9, "keep_routing": True},
-        {"curriculum": {"fresh_share": 0.3}},
+        {"curriculum": {"fresh_share": 0.3}, "refill_rounds": 2},
     ],
 )
 def test_a_run_that_was_killed_goes_on_to_the_same_bits(
