@@ -15,11 +15,13 @@ stream j, to stream k).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from transformers.models.deepseek_v4 import modeling_deepseek_v4 as stock
 from transformers.utils.generic import maybe_autocast
 
@@ -29,7 +31,7 @@ from posttrain.backbone.kernels import use_kernels
 
 KEPT = 4096
 """Up to so many tokens coefficients and divisors are kept from forward to backward: 200 floats a
-token, otherwise formed again."""
+token, otherwise formed again; streams in `formed_again`."""
 
 
 def wide(x: Tensor) -> Tensor:
@@ -268,6 +270,29 @@ def connect(
         return streams.transpose(0, 1)
 
     return collapsed_TH, write
+
+
+@contextmanager
+def formed_again(x_TNH: Tensor, write: Writer, y_TH: Tensor) -> Generator[None]:
+    """Of what is called here, backward forms x = write(y) once more in place of keeping it: streams
+    between attention and experts, N H numbers a token, of a long batch in host loops."""
+    if len(x_TNH) <= KEPT or not (torch.is_grad_enabled() and use_host_loops(x_TNH)):
+        yield
+        return
+    y_TH, place, shape = y_TH.detach(), x_TNH.data_ptr(), x_TNH.shape  # x itself is let go
+
+    def form() -> Tensor:
+        with torch.no_grad():
+            return write(y_TH)
+
+    def pack(saved: Tensor) -> Tensor | Callable[[], Tensor]:
+        return form if saved.data_ptr() == place and saved.shape == shape else saved
+
+    def unpack(kept: Tensor | Callable[[], Tensor]) -> Tensor:
+        return kept if isinstance(kept, Tensor) else kept()
+
+    with saved_tensors_hooks(pack, unpack):
+        yield
 
 
 class V4HyperConnection(stock.DeepseekV4HyperConnection):
