@@ -54,6 +54,8 @@ class Row:
     """The "long" preset."""
     recomputes: bool = False
     """Each layer of ours is computed again in the backward."""
+    learns_index: bool = False
+    """The indexer's own loss is on, which stock does not have."""
     has_stock: bool = True
     repeats: int = 9
     target: float = 0.0
@@ -70,7 +72,8 @@ class Row:
         if self.kind != "train":
             return f"{what}, {self.rows} rows"
         again = ", layers computed again" if self.recomputes else ""
-        return f"{what}, {self.rows} x {self.tokens:,}{again}"
+        more = ", the indexer learning" if self.learns_index else ""
+        return f"{what}, {self.rows} x {self.tokens:,}{again}{more}"
 
 
 ROWS = (
@@ -81,6 +84,7 @@ ROWS = (
     Row("train", 1, 4096, is_long=True, repeats=3, target=10.0),
     Row("train", 1, 8192, is_long=True, repeats=1, target=18.0),
     Row("train", 1, 8192, is_long=True, recomputes=True, has_stock=False, repeats=1),
+    Row("train", 1, 8192, is_long=True, learns_index=True, has_stock=False, repeats=1),
 )
 COMPILED_ROWS = (Row("compiled", 64, 1, repeats=31, target=5.0),)
 LONG_ROWS = tuple(
@@ -209,7 +213,7 @@ def build(row: Row, name: str) -> Step:
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
         )
-    config.update({"indexer_loss_weight": 0.0})
+    config.update({"indexer_loss_weight": float(row.learns_index)})
     if name == "quantised":
         config.update({"fake_quantization": list(PARTS)})
     torch.manual_seed(0)

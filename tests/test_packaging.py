@@ -86,3 +86,9 @@ def test_the_budget_is_what_mixed_learned_from_over_what_specialists_and_opd_did
     (_, line) = budget({"tokens": {**merged, "sft/mixed": 30, "grpo/mixed": 120}})
     assert "from 150 tokens, all specialists and OPD together from 100 (ratio 1.50)" in line
     assert budget({"tokens": merged}) == []
+
+
+def test_the_backbones_table_is_what_its_benchmarks_measured() -> None:
+    page = ROOT / "docs" / "backbone.md"
+    table = script("benchmarks/backbone_table.py")
+    assert table.filled(page.read_text("utf-8"), page.parent) == page.read_text("utf-8")
