@@ -33,7 +33,7 @@ from posttrain.judge_config import REWARD
 from posttrain.judge_prompts import judged_field
 from posttrain.rollout.types import Request, Rollout
 from posttrain.transcripts import lines_of, told
-from rewards.environments import replay, tools_of
+from rewards.environments import replay
 from rewards.grader import GradeItem, Grader
 from rewards.score import RewardError as BadReward
 from rewards.score import Score
@@ -132,13 +132,7 @@ class Task:
         self._judge_at = self._found_judge(judge)
         self._judge: Judge | None = None
         self._tools = Toolbox(spec.tools, folder)
-        self._prompt_tools = [
-            tool.model_dump(include={"name", "description", "parameters"})
-            for tool in spec.tools
-            if tool.in_prompt
-        ]
-        if spec.environment is not None:
-            self._prompt_tools = tools_of(spec.environment)
+        self._prompt_tools = spec.prompt_tools
         self.train, self.heldout = load_sides(spec, folder=folder, seed=seed, need=need)
         self.contaminated = self._contaminated(out)
         left_out = {near.row.id for near in self.contaminated}

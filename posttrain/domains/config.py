@@ -7,6 +7,7 @@ from pydantic import Field, field_validator, model_validator
 
 from posttrain.config import Config, Effort
 from posttrain.judge_config import REWARD, JudgeConfig
+from rewards.environments import tools_of
 
 SOURCES = ("jsonl", "parquet", "hub", "reasoning_gym", "python")
 
@@ -173,6 +174,8 @@ class DomainSpec(Config):
     environment: Literal["calculator", "database", "files", "store"] | None = None
     """A simulated world in place of `tools`; a row's `environment` says what it starts from, as
     `{kind: store, start: {city: Oslo}}`. The `tools` reward sees where it ends."""
+    environment_in_prompt: bool = True
+    """Introduce that world's tools in every prompt; false for a model that knows them."""
     tools: list[ToolConfig] = []
     """What the model may call."""
     effort: Effort = "none"
@@ -239,6 +242,14 @@ class DomainSpec(Config):
             else f"reward {self.reward!r} asks a judge: add the section judge, such as "
             "{checkpoint: actor}"
         )
+
+    @property
+    def prompt_tools(self) -> list[dict[str, Any]]:
+        """The tools that the prompt introduces, as the model reads them."""
+        if self.environment is not None:
+            return tools_of(self.environment) if self.environment_in_prompt else []
+        told = {"name", "description", "parameters"}
+        return [tool.model_dump(include=told) for tool in self.tools if tool.in_prompt]
 
     @property
     def row_defaults(self) -> dict[str, Any]:

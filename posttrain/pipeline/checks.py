@@ -282,7 +282,7 @@ def check_sft_length(file: RecipeFile, name: str, domain: DomainConfig, rows: li
     from posttrain.chat import encode_example
 
     chosen = sorted(rows, key=lambda row: row.id)[: domain.sft.num_demonstrations]
-    tokenizer, tools, limit = full_tokenizer(file), prompt_tools(domain), domain.sft.max_length
+    tokenizer, tools, limit = full_tokenizer(file), domain.prompt_tools, domain.sft.max_length
     shortest = min(
         len(
             encode_example(
@@ -349,9 +349,9 @@ def num_tokens_at_most(row: Row) -> int:
 
 def num_extra_tokens(domain: DomainConfig, *, is_v4: bool) -> int:
     """A bound of what stands in front of every prompt: system text, tools, effort."""
-    texts = [domain.system or "", *(json.dumps(tool) for tool in prompt_tools(domain))]
+    texts = [domain.system or "", *(json.dumps(tool) for tool in domain.prompt_tools)]
     num_bytes = sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
-    is_plain = is_v4 and not prompt_tools(domain) and domain.effort in ("none", "high")
+    is_plain = is_v4 and not domain.prompt_tools and domain.effort in ("none", "high")
     return num_bytes + (0 if is_plain else TEMPLATE_TOKENS)
 
 
@@ -385,16 +385,10 @@ def prompt_length(tokenizer: Any, domain: DomainConfig, row: Row) -> int:
     from posttrain.chat import encode_prompt
 
     messages = [*system_messages(domain), *row.messages]
-    tools = prompt_tools(domain)
+    tools = domain.prompt_tools
     return len(encode_prompt(tokenizer, messages, tools=tools, effort=domain.effort))
 
 
 def system_messages(domain: DomainConfig) -> list[dict[str, Any]]:
     """What stands in front of every row."""
     return [{"role": "system", "content": domain.system}] if domain.system else []
-
-
-def prompt_tools(domain: DomainConfig) -> list[dict[str, Any]]:
-    """The tools that the prompt introduces, as the model reads them."""
-    told = {"name", "description", "parameters"}
-    return [tool.model_dump(include=told) for tool in domain.tools if tool.in_prompt]

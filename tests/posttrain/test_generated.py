@@ -1,4 +1,4 @@
-"""The quickstart's data: clean demonstrations score 1, bad habits score 0, by the real rewards."""
+"""Generated data: clean demonstrations score 1, bad habits score 0, by the real rewards."""
 
 import itertools
 import json
@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from posttrain.generated import agent, code, instructions, mathematics
+from posttrain.generated import agent, code, instructions, mathematics, store
 from rewards import Score, load_reward
 
 MADE_UP = re.compile(r"\.(rev|tail|head|even|odd|up|low|cap|swap)\(\)")
@@ -28,6 +28,7 @@ DOMAINS = {
     "code": Domain(code, "programs", 10 + 100 + 1000),
     "agent": Domain(agent, "tools", None),
     "instructions": Domain(instructions, "instructions", None),
+    "store": Domain(store, "tools", None),
 }
 
 
@@ -141,6 +142,16 @@ def test_the_tool_knows_the_rows_table_only() -> None:
         (
             "agent",
             lambda row: row["demonstration"][1:2] == [{"role": "tool", "content": row["answer"]}],
+        ),
+        ("store", lambda row: len(row["demonstration"]) == 4),
+        ("store", lambda row: row["demonstration"][1]["content"] == "set"),
+        (
+            "store",
+            lambda row: (
+                len(row["demonstration"]) == 6
+                and row["demonstration"][2]["tool_calls"][0]["arguments"]["value"]
+                != row["demonstration"][1]["content"]
+            ),
         ),
         ("instructions", lambda row: row["demonstration"][0]["content"][-1].isalpha()),
         (
