@@ -6,8 +6,9 @@ calls of `calls`, `solution` or `call`, for a judge the `gold_verdict`. A row wi
 on silence alone, so that what cannot be graded at all is found too.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from time import monotonic
 from typing import Any
 
@@ -42,8 +43,20 @@ other words."""
 NUM_TRIED = 20
 """Rows behind one among which another answer is looked for."""
 
+TOLD_EVERY = 500
+"""Answers after which it is told how many are graded."""
+
 NUM_EXAMPLES = 3
 """Problems of each kind that are told one by one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """An answer to grade: to the row at place `number`."""
+
+    number: int
+    row: Row
+    turns: Turns
 
 
 @dataclass
@@ -66,8 +79,12 @@ class GoldFacts:
     """What the most frequent gold would score on all rows; None without."""
     sandbox: str | None = None
     """The level at which programs ran; None where none did."""
+    num_bad: int = 0
+    """Rows with a problem; those that the domain's `bad_gold` knows of included."""
     seconds: float = 0.0
     problems: list[str] = field(default_factory=list[str])
+    known: list[str] = field(default_factory=list[str])
+    """What would be problems, if `bad_gold` did not let it through."""
 
 
 @dataclass(frozen=True)
@@ -86,14 +103,19 @@ class GoldReport:
 
     def text(self) -> str:
         """The same facts to read."""
-        lines = [_line(fact) for fact in self.facts]
+        lines = [line_of(fact) for fact in self.facts]
         return "\n".join([*lines, *(f"  PROBLEM  {problem}" for problem in self.problems)])
 
     def raise_problems(self) -> None:
         """Raise DataError where there are any."""
-        if self.problems:
+        bad = next((fact for fact in self.facts if fact.problems), None)
+        if bad is not None:
             more = len(self.problems) - 1
-            raise DataError(self.problems[0] + (f"; and {more} more" if more else ""))
+            raise DataError(
+                f"{self.problems[0]}{f'; and {more} more' if more else ''}: mend the rows or the "
+                f"reward (posttrain doctor tells all), or let {bad.num_bad} bad rows of the "
+                f"domain's through by domains.{bad.domain}.bad_gold: {bad.num_bad}"
+            )
 
 
 def check_gold(file: RecipeFile) -> GoldReport:
@@ -102,17 +124,48 @@ def check_gold(file: RecipeFile) -> GoldReport:
     Raises:
         DataError, RecipeError: the rows cannot be read, or a reward cannot be loaded.
     """
+    seed = file.recipe.seed
+    domains = file.recipe.domains.items()
+    found = [check_domain(n, domain, folder=file.folder, seed=seed) for n, domain in domains]
+    return GoldReport([facts for of_domain in found for facts in of_domain])
+
+
+def check_domain(
+    name: str,
+    domain: DomainConfig,
+    *,
+    folder: Path,
+    seed: int,
+    num_wrong_rows: int | None = None,
+    tell: Callable[[int, int], None] = lambda done, total: None,
+) -> list[GoldFacts]:
+    """Each reward of one domain; its known bad rows are counted and no problem.
+
+    Args:
+        num_wrong_rows: the first rows whose wrong answers are graded; None: all rows'.
+        tell: is told how many answers of how many are graded.
+
+    Raises:
+        DataError, RecipeError: as `check_gold`.
+    """
+    rows = rows_to_check(domain.data, folder=folder, seed=seed)
     facts: list[GoldFacts] = []
-    for name, domain in file.recipe.domains.items():
-        rows = rows_to_check(domain.data, folder=file.folder, seed=file.recipe.seed)
-        for reward in _graded(domain):
-            try:
-                facts.append(_facts(name, domain, reward, rows, file))
-            except RewardError as error:
-                raise DataError(f"domain {name!r}: {error}") from None
-        if domain.judge:
-            facts.append(GoldFacts(name, JUDGE, len(rows)))
-    return GoldReport(facts)
+    for reward in _graded(domain):
+        try:
+            facts.append(
+                _facts(
+                    name, domain, reward, rows, folder=folder, num_wrong_rows=num_wrong_rows,
+                    tell=tell,
+                )
+            )  # fmt: skip
+        except RewardError as error:
+            raise DataError(f"domain {name!r}: {error}") from None
+    for found in facts:
+        if domain.bad_gold == "all" or found.num_bad <= domain.bad_gold:
+            found.known, found.problems = found.problems, []
+    if domain.judge:
+        facts.append(GoldFacts(name, JUDGE, len(rows)))
+    return facts
 
 
 def _graded(domain: DomainConfig) -> list[str]:
@@ -123,7 +176,14 @@ def _graded(domain: DomainConfig) -> list[str]:
 
 
 def _facts(
-    name: str, domain: DomainConfig, reward: str, rows: Sequence[Row], file: RecipeFile
+    name: str,
+    domain: DomainConfig,
+    reward: str,
+    rows: Sequence[Row],
+    *,
+    folder: Path,
+    num_wrong_rows: int | None,
+    tell: Callable[[int, int], None],
 ) -> GoldFacts:
     start = monotonic()
     facts = GoldFacts(name, reward, len(rows))
@@ -132,29 +192,35 @@ def _facts(
     answers = [row.fields[key] for row in rows if key in row.fields]
     if len(answers) == len(rows):
         facts.best_constant = best_constant(answers)[1]
-    given = [(row, turns) for row, turns in zip(rows, golds, strict=True) if turns]
-    wrong = list(_wrong(rows, golds, reward))
-    pairs = [*given, *wrong]
-    grader = Grader({reward: 1.0}, folder=file.folder, timeout_s=domain.reward_timeout_s)
-    with grader:
-        scores = grader.score([_item(row, turns, domain.row_defaults) for row, turns in pairs])
-    facts.num_gold, facts.num_wrong = len(given), len(wrong)
+    given = [
+        Case(i, row, gold) for i, (row, gold) in enumerate(zip(rows, golds, strict=True)) if gold
+    ]
+    cases = [*given, *_wrong(rows, golds, reward, num_rows=num_wrong_rows)]
+    facts.num_gold, facts.num_wrong = len(given), len(cases) - len(given)
+    items = [_item(case.row, case.turns, domain.row_defaults) for case in cases]
+    scores: list[Score] = []
+    with Grader({reward: 1.0}, folder=folder, timeout_s=domain.reward_timeout_s) as grader:
+        for first in range(0, len(items), TOLD_EVERY):
+            scores += grader.score(items[first : first + TOLD_EVERY])
+            tell(len(scores), len(items))
     facts.sandbox = grader.facts.get("sandbox")
-    graded = list(zip(pairs, scores, strict=True))
+    graded = list(zip(cases, scores, strict=True))
     missed = [pair for pair in graded[: len(given)] if pair[1].reward != 1.0]
     fooled = [pair for pair in graded[len(given) :] if pair[1].reward >= 1.0]
     facts.num_right = facts.num_gold - len(missed)
     facts.num_fooled = len(fooled)
     facts.problems += _examples(name, reward, "the gold answer", missed)
-    borrowed = sum(_content(turns) not in FIXED for (_, turns), _ in fooled)
-    if reward in SHARED or borrowed <= MAX_SHARED * len(wrong):
-        fooled = [pair for pair in fooled if _content(pair[0][1]) in FIXED]
+    borrowed = sum(_content(case.turns) not in FIXED for case, _ in fooled)
+    if reward in SHARED or borrowed <= MAX_SHARED * facts.num_wrong:
+        fooled = [pair for pair in fooled if _content(pair[0].turns) in FIXED]
     facts.problems += _examples(name, reward, "a wrong answer", fooled)
+    ungraded = [pair for pair in graded if not pair[1].terms] if grader.failures["bad_gold"] else []
     if grader.failures["bad_gold"]:
         facts.problems.append(
             f"domain {name!r}, reward {reward!r}: {grader.failures['bad_gold']} answers could not "
-            f"be graded, such as: {_first_bad(scores)}"
+            f"be graded, such as: {next((score.reason for _, score in ungraded), '?')}"
         )
+    facts.num_bad = len({case.number for case, _ in (*missed, *fooled, *ungraded)})
     facts.seconds = monotonic() - start
     return facts
 
@@ -181,19 +247,19 @@ def _gold(row: Row, reward: str) -> Turns | None:
 
 
 def _wrong(
-    rows: Sequence[Row], golds: Sequence[Turns | None], reward: str
-) -> Iterator[tuple[Row, Turns]]:
+    rows: Sequence[Row], golds: Sequence[Turns | None], reward: str, *, num_rows: int | None
+) -> Iterator[Case]:
     """Silence for every row; for those with gold also ignorance and the next one's gold."""
-    for number, row in enumerate(rows):
-        yield row, [{"role": "assistant", "content": FIXED[0]}]
+    for number, row in enumerate(rows[:num_rows]):
+        yield Case(number, row, [{"role": "assistant", "content": FIXED[0]}])
         gold = golds[number]
         if gold is None:
             continue
         if reward not in SHARED:
-            yield row, [{"role": "assistant", "content": FIXED[1]}]
+            yield Case(number, row, [{"role": "assistant", "content": FIXED[1]}])
         other = _others_gold(rows, golds, number)
         if other is not None:
-            yield row, other
+            yield Case(number, row, other)
 
 
 def _others_gold(rows: Sequence[Row], golds: Sequence[Turns | None], number: int) -> Turns | None:
@@ -221,29 +287,26 @@ def _item(row: Row, turns: Turns, defaults: Mapping[str, Any]) -> GradeItem:
     return GradeItem(response=_content(turns), row=fields)
 
 
-def _examples(
-    name: str, reward: str, what: str, graded: Sequence[tuple[tuple[Row, Turns], Score]]
-) -> list[str]:
+def _examples(name: str, reward: str, what: str, graded: Sequence[tuple[Case, Score]]) -> list[str]:
     """The first few as problems, and how many there are."""
     problems = [
-        f"domain {name!r}, reward {reward!r}: {what} {shown(_content(turns))} to "
-        f"{shown(row.messages[-1]['content'])} scores {score.reward:g}: {score.reason}"
-        for (row, turns), score in graded[:NUM_EXAMPLES]
+        f"domain {name!r}, reward {reward!r}: {what} {shown(_content(case.turns))} to row "
+        f"{case.number + 1}, {shown(case.row.messages[-1]['content'])}, scores {score.reward:g}: "
+        f"{score.reason}"
+        for case, score in graded[:NUM_EXAMPLES]
     ]
     if len(graded) > NUM_EXAMPLES:
         problems.append(f"domain {name!r}, reward {reward!r}: {what} does so {len(graded)} times")
     return problems
 
 
-def _first_bad(scores: Sequence[Score]) -> str:
-    return next((score.reason for score in scores if not score.terms), "?")
-
-
-def _line(fact: GoldFacts) -> str:
+def line_of(fact: GoldFacts) -> str:
+    """One reward in words."""
     if fact.reward == JUDGE:
         return f"{fact.domain}: reward judge, {fact.num_rows} rows: a model's verdict, not checked"
     more = "" if fact.best_constant is None else f"; a constant scores {fact.best_constant:.3f}"
     more += f"; the sandbox's level is {fact.sandbox}" if fact.sandbox else ""
+    more += f"; {fact.num_bad} bad rows are known" if fact.known else ""
     return (
         f"{fact.domain}: reward {fact.reward}, {fact.num_rows} rows: {fact.num_right} of "
         f"{fact.num_gold} gold answers score 1, {fact.num_fooled} of {fact.num_wrong} wrong ones "

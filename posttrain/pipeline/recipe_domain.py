@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -33,6 +33,12 @@ class DomainConfig(DomainSpec):
     best_of: BestOfConfig | None = None
     """Supervised training on the best of the specialist's own answers, after `sft` and `grpo` if
     there are any; null: none."""
+
+    bad_gold: Annotated[int, Field(ge=0)] | Literal["all"] = 0
+    """Rows known to be bad: before training every row's gold answer is graded, and answers that are
+    wrong on purpose, and more rows than this whose gold does not score 1, or something wrong does,
+    end the run. `all`: none end it, as for a reward that gives no gold 1. They are counted, and
+    trained on."""
 
     @field_validator("efforts")
     @classmethod

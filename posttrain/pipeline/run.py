@@ -30,6 +30,7 @@ from posttrain.pipeline.costs import (
     num_parameters,
 )
 from posttrain.pipeline.display import Display, clock
+from posttrain.pipeline.gold_gate import check_golds, read
 from posttrain.pipeline.ledger import Done, Ledger, run_directory
 from posttrain.pipeline.plan import check_workers, wanted_workers
 from posttrain.pipeline.recipe import ClusterConfig, Recipe, TrackingConfig
@@ -93,6 +94,9 @@ class Work:
     sandboxes: Mapping[str, str] = field(default_factory=dict[str, str])
     """The sandbox's level on this machine, by domain whose reward runs programs."""
 
+    recipe: Recipe | None = None
+    """Whose gold answers are graded before anything is trained; None: nobody's."""
+
 
 def run(
     recipe: Recipe,
@@ -123,6 +127,7 @@ def run(
         checkpoint_gb=num_parameters(stages, folder) * BYTES_PER_PARAMETER / GB,
         judge_gb=num_judge_parameters(recipe, stages, folder) * BYTES_PER_PARAMETER / GB,
         sandboxes=sandboxes or {},
+        recipe=recipe,
     )
     return run_work(work, recipe_yaml(recipe))
 
@@ -138,6 +143,8 @@ def run_work(work: Work, resolved_recipe: str = "") -> RunResult:
         write_atomic(work.directory / "recipe.yaml", resolved_recipe)
         write_manifest(work, ledger)
         ran: list[str] = []
+        if todo and work.recipe:
+            _check_golds(work, work.recipe, console, set(todo))
         if todo:
             ran = _run_todo(work, ledger, console, set(todo))
         publish(work, ledger)
@@ -151,6 +158,15 @@ def run_work(work: Work, resolved_recipe: str = "") -> RunResult:
         soft_wrap=True,
     )
     return RunResult(work.directory, ran, count, seconds)
+
+
+def _check_golds(work: Work, recipe: Recipe, console: Console, todo: set[str]) -> None:
+    def say(text: str) -> None:
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    stages = [stage for stage in work.stages if stage.name in todo]
+    with interruptible():
+        check_golds(recipe, work.recipe_folder, work.directory, stages, say)
 
 
 def _run_todo(work: Work, ledger: Ledger, console: Console, todo: set[str]) -> list[str]:
@@ -305,13 +321,15 @@ class _Driver:
 
 
 def publish(work: Work, ledger: Ledger) -> None:
-    """Put the finished report into the run directory, with the seconds of every stage."""
+    """Put the finished report into the run directory, with the seconds of every stage and what the
+    check of gold answers found."""
     if "report" not in work.keys:
         return
     folder = ledger.folder("report", work.keys["report"])
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     found = {stage.name: ledger.find(stage.name, work.keys[stage.name]) for stage in work.stages}
     report["seconds"] = {name: done.seconds for name, done in found.items() if done}
+    report["gold"] = {name: of["facts"] for name, of in read(work.directory).items()}
     write_atomic(
         work.directory / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n"
     )

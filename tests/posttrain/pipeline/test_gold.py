@@ -103,7 +103,9 @@ def test_gold_that_its_own_grader_refuses_is_told_with_its_row(tmp_path: Path) -
     facts = examined(tmp_path, "mathematics", rows)
     assert facts.num_right == len(rows) - 1
     (problem,) = facts.problems
-    assert "the gold answer 'it is 11' to '5+5=' scores 0: 'it is 11' against '10'" in problem
+    assert (
+        "the gold answer 'it is 11' to row 21, '5+5=', scores 0: 'it is 11' against '10'" in problem
+    )
 
 
 def test_a_grader_that_pays_for_anything_is_found_out(tmp_path: Path) -> None:
