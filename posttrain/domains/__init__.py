@@ -1,6 +1,7 @@
 """A domain: where its prompts come from, how they are split, its tools and its reward. No torch."""
 
 from posttrain.domains.config import DataConfig, DomainSpec, SourceConfig, ToolConfig
+from posttrain.domains.duplicates import near_duplicates
 from posttrain.domains.fingerprint import fingerprint
 from posttrain.domains.mixing import check_parts
 from posttrain.domains.objects import import_object
@@ -32,6 +33,7 @@ __all__ = [
     "is_heldout",
     "load_rows",
     "load_sides",
+    "near_duplicates",
     "near_tests",
     "overlaps",
     "refuse_names_of_tool_arguments",

@@ -1,12 +1,12 @@
 """What is wrong with a recipe's data, told without training: its graders, and how near its train
-prompts are to those that it is tested on.
+prompts are to those that it is tested on, and to each other.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from posttrain.domains import Overlap, load_rows, near_tests, split
+from posttrain.domains import Overlap, load_rows, near_duplicates, near_tests, split
 from posttrain.domains.config import DecontaminateConfig
 from posttrain.pipeline.gold import GoldReport, check_gold
 from posttrain.pipeline.recipe import DomainConfig
@@ -16,7 +16,7 @@ from posttrain.pipeline.words import shown
 NUM_PAIRS = 3
 """Pairs of each domain that are told one by one."""
 
-HEAD = ("domain", "train", "held out", "near a test's", "most")
+HEAD = ("domain", "train", "held out", "near a test's", "most", "near an earlier one")
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,8 @@ class OverlapFacts:
     """Whether training leaves them out."""
     pairs: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
     """The nearest first."""
+    duplicates: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+    """Train prompts near an earlier one of them; they are all learned."""
     is_compared: bool = True
     """Streamed data is not: it is not read whole."""
 
@@ -38,11 +40,12 @@ class OverlapFacts:
     def row(self) -> tuple[str, ...]:
         """Its line of the table."""
         if not self.is_compared:
-            return (self.domain, "streamed", "", "not compared", "")
+            return (self.domain, "streamed", "", "not compared", "", "")
         most = f"{self.pairs[0]['share']:.2f}" if self.pairs else ""
         what = "left out" if self.is_left_out else "learned: decontaminate is null"
         near = f"{len(self.pairs)}, {what}" if self.pairs else "0"
-        return (self.domain, str(self.num_train), str(self.num_heldout), near, most)
+        sizes = (str(self.num_train), str(self.num_heldout))
+        return (self.domain, *sizes, near, most, str(len(self.duplicates)))
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ class DataReport:
             f"  {facts.domain} {pair['share']:.2f}: {shown(pair['train'])} and, {pair['source']}, "
             f"{shown(pair['test'])}"
             for facts in self.overlaps
-            for pair in facts.pairs[:NUM_PAIRS]
+            for pair in (*facts.pairs[:NUM_PAIRS], *facts.duplicates[:NUM_PAIRS])
         ]
         return "\n".join([self.gold.text(), "", *lines, *pairs])
 
@@ -104,7 +107,9 @@ def _facts(
     train, heldout = split(rows, domain.heldout_share, untrained_share=untrained_share)
     config = domain.decontaminate or DecontaminateConfig()
     found = near_tests(config, train, heldout, folder=folder, seed=seed)
-    return OverlapFacts(name, len(train), len(heldout), is_left_out, _nearest(found))
+    twice = near_duplicates(train, num_words=config.num_words, above=config.max_overlap)
+    sizes = (len(train), len(heldout))
+    return OverlapFacts(name, *sizes, is_left_out, _nearest(found), _nearest(twice))
 
 
 def _nearest(found: Sequence[Overlap]) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ from posttrain.domains import (
     Row,
     fingerprint,
     load_rows,
+    near_duplicates,
     near_tests,
     overlap,
     overlaps,
@@ -59,6 +60,31 @@ def test_the_overlap_is_that_of_the_definition(seed: int) -> None:
             assert found[one.id][0] in sources
         else:
             assert one.id not in found
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_near_duplicate_is_that_of_the_definition(seed: int) -> None:
+    rng = Random(seed)
+    n, above = rng.randint(1, 3), rng.random() * 0.4
+    pool = words(rng, 5)
+    texts = {" ".join(rng.choices(pool, k=rng.randint(1, 12))): None for _ in range(40)}
+    rows = [row(text) for text in texts]
+    found = {o.row.id: o.share for o in near_duplicates(rows, num_words=n, above=above)}
+    assert len(found) > 2
+    for number, one in enumerate(rows):
+        mine = grams(one, n)
+        others = [grams(other, n) for other in rows[:number]]
+        share = max((len(mine & t) / min(len(mine), len(t)) for t in others), default=0.0)
+        assert found.get(one.id, 0.0) == pytest.approx(share if share > above else 0.0)
+
+
+def test_what_all_rows_say_does_not_compare_each_with_all() -> None:
+    rng = Random(0)
+    head = " ".join(words(rng, 20))
+    rows = [row(f"{head} {' '.join(words(rng, 60))}") for _ in range(400)]
+    copy = row(f"{rows[399].messages[0]['content']} more")
+    found = near_duplicates([*rows, copy], num_words=8, above=0.5)
+    assert [(o.row.id, o.other.id) for o in found] == [(copy.id, rows[399].id)]
 
 
 def test_case_and_punctuation_do_not_count_and_numbers_do() -> None:

@@ -24,6 +24,9 @@ domains:
 """
 
 
+HEAD_WORDS = ["domain", "train", "held", "out", "near", "a", "test's", "most"]
+
+
 def is_held(text: str) -> bool:
     return is_heldout([{"role": "user", "content": text}], 0.125)
 
@@ -43,7 +46,8 @@ def recipe(tmp_path: Path) -> tuple[str, set[str]]:
         (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     write("rows.jsonl", [*texts, *near])
-    write("other.jsonl", texts)
+    twice = [f"{text} twice" for text in texts if not is_held(text)]
+    write("other.jsonl", [*texts, *(text for text in twice if not is_held(text))])
     (tmp_path / "mine.yaml").write_text(RECIPE)
     assert len(near) > 3
     return str(tmp_path / "mine.yaml"), near
@@ -57,7 +61,11 @@ def test_every_domain_is_compared_and_says_what_becomes_of_the_near_ones(
     for name, is_left_out in (("clean", True), ("plain", False)):
         assert {pair["train"] for pair in facts[name].pairs} == near
         assert facts[name].is_left_out == is_left_out
+        assert facts[name].duplicates == []
     assert facts["other"].pairs == []
+    twice = {pair["train"] for pair in facts["other"].duplicates}
+    assert twice
+    assert twice <= {f"{pair['test']} twice" for pair in facts["other"].duplicates}
     assert not facts["streamed"].is_compared
 
 
@@ -69,9 +77,9 @@ def test_the_doctor_prints_the_table_without_training(
     result = CliRunner().invoke(app, ["doctor", path])
     assert result.exit_code == 0, result.output
     lines = [line.split() for line in result.stdout.splitlines()]
-    assert ["domain", "train", "held", "out", "near", "a", "test's", "most"] in lines
+    assert [*HEAD_WORDS, "near", "an", "earlier", "one"] in lines
     (clean,) = (line for line in lines if line[:1] == ["clean"] and line[1].isdigit())
-    assert clean[3:] == [f"{len(near)},", "left", "out", "1.00"]
+    assert clean[3:] == [f"{len(near)},", "left", "out", "1.00", "0"]
     assert not (tmp_path / "runs").exists()
     facts = json.loads(CliRunner().invoke(app, ["doctor", path, "--json"]).stdout)
     assert [len(found["pairs"]) for found in facts["overlaps"]] == [len(near), len(near), 0, 0]
