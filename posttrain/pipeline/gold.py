@@ -43,7 +43,7 @@ other words."""
 NUM_TRIED = 20
 """Rows behind one among which another answer is looked for."""
 
-TOLD_EVERY = 500
+TOLD_EVERY = 64
 """Answers after which it is told how many are graded."""
 
 NUM_EXAMPLES = 3
