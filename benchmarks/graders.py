@@ -1,29 +1,53 @@
 """What the graders cost and withstand: `python benchmarks/graders.py`.
 
 For each grader, through `rewards.grader.Grader` as in training: gold answers and wrong ones of the
-shipped recipes (`posttrain doctor`), hostile answers (`grader_attacks.py`) with the longest time
-one took, and the answers a second of one process. Then the sandbox alone: programs a second by one
-server and by two side by side, at every level that this machine reaches.
+shipped recipes (`posttrain doctor`), of puzzles and of forms; hostile answers (`grader_attacks.py`)
+with the longest time one took, and what bounds it; the answers a second of one process. Then the
+sandbox alone: programs a second by one server and by two side by side, at every level that this
+machine reaches.
 """
 
 import argparse
+import json
 import os
+import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import grader_attacks as attacks
 from measured import Json, machine, place, write
+from public_data import overrides
 
+from posttrain.domains import DomainSpec
+from posttrain.generated.mathematics import problems
 from posttrain.pipeline.gold import check_gold
 from posttrain.pipeline.recipe_file import load_recipe
+from rewards import verifier
+from rewards.environments import MAX_CALLS
+from rewards.environments.database import MAX_STEPS_IN_ALL
 from rewards.grader import GradeItem, Grader
 from rewards.instructions import CHECKS
+from rewards.programs import score as score_program
 from rewards.sandbox import LEVELS, Limits, Sandbox
 
-RECIPES = ("quickstart", "gsm8k", "humaneval", "ifeval")
+RECIPES = ("quickstart", "environment", "gsm8k", "humaneval", "ifeval")
+PUZZLES = {
+    **{"basic_arithmetic": {}, "chain_sum": {}, "gcd": {}, "leg_counting": {}},
+    **{"letter_counting": {}, "number_filtering": {}, "simple_equations": {}},
+    **{"spell_backward": {}, "needle_haystack": {"max_num_statements": 40}},
+}
+"""Tasks of reasoning-gym, each with settings of its own."""
+NUM_PUZZLES = 500
+NUM_FORMS = 500
+FORM = {
+    **{"thinks": True, "max_thinking_words": 30, "min_words": 1, "max_words": 10},
+    "max_repetition": 0.2,
+}
+REWARD_TIMEOUT_S: float = DomainSpec.model_fields["reward_timeout_s"].default
 NUM_ANSWERS = 2_000
 NUM_PROGRAMS = 300
 DATABASE = {"kind": "database", "start": "CREATE TABLE t (n INT); INSERT INTO t VALUES (1)"}
@@ -34,11 +58,18 @@ Rows = list[tuple[str, GradeItem]]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, help="The folder with the files that recipes name.")
     parser.add_argument("--page", type=Path, default=Path("docs/graders.md"))
     arguments = parser.parse_args()
     data: Json = {
         **machine("math-verify", "py3langid"),
-        "gold": [fact for name in RECIPES for fact in gold(name)],
+        "gold": [
+            *(fact for name in RECIPES for fact in gold(name, overrides(name, arguments.data))),
+            *puzzles(),
+            forms(),
+        ],
+        "bounds": bounds(),
+        "hung": hung(),
         "attacks": [attacked(name, items) for name, items in hostile().items()],
         "speed": [speed(*case) for case in typical()],
         "sandbox": [sandbox(level) for level in reversed(LEVELS)],
@@ -47,15 +78,69 @@ def main() -> None:
     write(arguments.page, data, page)
 
 
-def gold(name: str) -> list[Json]:
+def gold(name: str, changed: Sequence[str] = ()) -> list[Json]:
     """The recipe's self-check; nothing where its data is not here."""
-    file = load_recipe(name)
+    file = load_recipe(name, changed)
     paths = [file.folder / d.data.jsonl for d in file.recipe.domains.values() if d.data.jsonl]
     if not all(path.exists() for path in paths):
         return []
     report = check_gold(file)
     report.raise_problems()
     return [{**fact, "recipe": name} for fact in report.json()]
+
+
+def puzzles() -> list[Json]:
+    """The same of reasoning-gym's tasks, by a recipe for them."""
+    domains: Json = {
+        task: {
+            "data": {"reasoning_gym": {"task": task, "size": NUM_PUZZLES, **settings}},
+            "reward": "puzzles",
+            "grpo": {},
+        }
+        for task, settings in PUZZLES.items()
+    }
+    base: Json = {"path": "base"}  # which nobody opens
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "puzzles.yaml"
+        path.write_text(json.dumps({"name": "puzzles", "base": base, "domains": domains}))
+        return [{**fact, "recipe": "reasoning-gym"} for fact in gold(str(path))]
+
+
+def forms() -> Json:
+    """Demonstrations that think in short and answer, and what has another form."""
+    turns = [row["demonstration"][0] for row in problems(size=NUM_FORMS, seed=0)]
+    right = [(turn["reasoning"], turn["content"]) for turn in turns]
+    spoilt: dict[str, Callable[[str, str], tuple[str, str]]] = {
+        "silence": lambda thought, answer: (thought, ""),
+        "no thought": lambda thought, answer: ("", answer),
+        "a long thought": lambda thought, answer: (" ".join(map(str, range(40))), answer),
+        "a long answer": lambda thought, answer: (thought, " ".join(map(str, range(40)))),
+        "going round in circles": lambda thought, answer: (f"{thought} so {answer} " * 9, answer),
+        "a second thought": lambda thought, answer: (thought, f"<think>{thought}</think>{answer}"),
+        "an open tag": lambda thought, answer: (thought, f"{answer}<think>"),
+    }
+    wrong = [spoil(*pair) for spoil in spoilt.values() for pair in right]
+    start = time.monotonic()
+    with Grader({"formats": 1.0}) as grader:
+        scores = grader.score([_formed(*pair) for pair in [*right, *wrong]])
+    return {
+        "recipe": "generated",
+        "domain": "mathematics",
+        "reward": "formats",
+        "num_rows": NUM_FORMS,
+        "num_gold": len(right),
+        "num_right": sum(score.reward == 1.0 for score in scores[: len(right)]),
+        "num_wrong": len(wrong),
+        "num_fooled": sum(score.reward >= 1.0 for score in scores[len(right) :]),
+        "best_constant": None,
+        "wrong": list(spoilt),
+        "seconds": time.monotonic() - start,
+    }
+
+
+def _formed(thought: str, answer: str) -> GradeItem:
+    turn = {"role": "assistant", "reasoning": thought, "content": answer}
+    return GradeItem(answer, {**FORM, "messages": [turn]})
 
 
 def hostile() -> dict[str, Rows]:
@@ -107,6 +192,28 @@ def attacked(reward: str, items: Rows) -> Json:
         "slowest": slowest,
         "slowest_s": seconds[slowest],
     }
+
+
+def bounds() -> dict[str, str]:
+    """What ends each grader by itself; the others take time in proportion to an answer's length."""
+    program = signature(score_program).parameters["timeout_s"].default
+    return {
+        "mathematics": f"{verifier.PROCESSOR_S:g} s of processor time a question, "
+        f"{verifier.TIMEOUT_S:g} s in all",
+        "programs": f"`timeout_s` ({program:g} s) for all of a row's tests",
+        "tools": f"{MAX_CALLS} calls, {MAX_STEPS_IN_ALL:,} steps of SQLite",
+    }
+
+
+def hung() -> Json:
+    """How long the grader takes to end a reward that never does, and to have a score of it."""
+    source = "import time\ndef reward(response, **row):\n    time.sleep(1e6)\n"
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "never_ends.py").write_text(source)
+        with Grader({"never_ends:reward": 1.0}, folder=Path(folder), timeout_s=1.0) as grader:
+            start = time.monotonic()
+            grader.score([GradeItem("")])
+            return {"timeout_s": 1.0, "seconds": time.monotonic() - start}
 
 
 def typical() -> list[tuple[str, str, GradeItem, int]]:
@@ -177,12 +284,19 @@ def page(data: Json) -> str:
         [
             "# Graders, measured",
             "",
-            f"{place(data, threads='two threads')}. Written by `benchmarks/graders.py`, which says "
-            f"how. `instructions` knows {data['num_instructions']} instructions.",
+            f"{place(data, threads='two threads')}, beside the machine's other work (load "
+            f"{data['load']}). Written by `benchmarks/graders.py`, which says how. `instructions` knows {data['num_instructions']} instructions.",
             "",
             *_attack_lines(data),
+            "Whatever a grader does, an answer has its score when the recipe's `reward_timeout_s` "
+            f"({REWARD_TIMEOUT_S:g} s) is over: the process is ended then. With "
+            f"{data['hung']['timeout_s']:g} s, a reward that never returns took "
+            f"{data['hung']['seconds']:.2f} s. Where no bound of its own is named, time is in "
+            "proportion to the answer's length.",
+            "",
             "A wrong answer is silence, ignorance, or another row's gold, which may be right after "
-            "all: of `quickstart`'s programs some do the same. IFEval's rows have no gold.",
+            "all: of `quickstart`'s programs some do the same. IFEval's rows have no gold. Of "
+            f"`formats` it is a demonstration spoilt: {', '.join(data['gold'][-1]['wrong'])}.",
             "",
             *_gold_lines(data),
             *_sandbox_lines(data),
@@ -192,8 +306,9 @@ def page(data: Json) -> str:
 
 def _attack_lines(data: Json) -> list[str]:
     lines = [
-        "| grader | attacks | that score | the slowest | seconds | answers a second |",
-        "|---|---|---|---|---|---|",
+        "| grader | attacks | that score | the slowest | seconds | its own time bound | answers a "
+        "second |",
+        "|---|---|---|---|---|---|---|",
     ]
     for row in data["attacks"]:
         rates = [
@@ -203,14 +318,15 @@ def _attack_lines(data: Json) -> list[str]:
         ]
         lines.append(
             f"| {row['reward']} | {row['attacks']} | {len(row['scored'])} | {row['slowest']} | "
-            f"{row['slowest_s']:.2f} | {', '.join(rates)} |"
+            f"{row['slowest_s']:.2f} | {data['bounds'].get(row['reward'], '')} | "
+            f"{', '.join(rates)} |"
         )
     return [*lines, ""]
 
 
 def _gold_lines(data: Json) -> list[str]:
     lines = [
-        "| recipe | domain | grader | rows | gold that scores 1 | wrong that do | a constant |",
+        "| data | domain | grader | rows | gold that scores 1 | wrong that do | a constant |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in data["gold"]:
@@ -225,8 +341,8 @@ def _gold_lines(data: Json) -> list[str]:
 
 def _sandbox_lines(data: Json) -> list[str]:
     lines = [
-        "Programs a second, each in a process of its own, beside the machine's other work (load "
-        f"{data['load']}); processor time is that of all the sandbox's processes, start included:",
+        "Programs a second, each in a process of its own; processor time is that of all the "
+        "sandbox's processes, start included:",
         "",
         "| sandbox level | one server | two servers | processor ms a program |",
         "|---|---|---|---|",
