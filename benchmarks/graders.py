@@ -285,14 +285,15 @@ def page(data: Json) -> str:
             "# Graders, measured",
             "",
             f"{place(data, threads='two threads')}, beside the machine's other work (load "
-            f"{data['load']}). Written by `benchmarks/graders.py`, which says how. `instructions` knows {data['num_instructions']} instructions.",
+            f"{data['load']}). Written by `benchmarks/graders.py`, which says how. `instructions` "
+            f"knows {data['num_instructions']} instructions.",
             "",
             *_attack_lines(data),
             "Whatever a grader does, an answer has its score when the recipe's `reward_timeout_s` "
             f"({REWARD_TIMEOUT_S:g} s) is over: the process is ended then. With "
             f"{data['hung']['timeout_s']:g} s, a reward that never returns took "
-            f"{data['hung']['seconds']:.2f} s. Where no bound of its own is named, time is in "
-            "proportion to the answer's length.",
+            f"{data['hung']['seconds']:.2f} s. Where a grader has no bound of its own, what its "
+            "slowest attack took is all that is known.",
             "",
             "A wrong answer is silence, ignorance, or another row's gold, which may be right after "
             "all: of `quickstart`'s programs some do the same. IFEval's rows have no gold. Of "
