@@ -126,7 +126,7 @@ def _slowest(file: RecipeFile, rows: Sequence[Row], said: Sequence[Json]) -> Jso
         domain.graded_rewards, folder=file.folder, timeout_s=domain.reward_timeout_s
     ) as grader:
         for number, (what, row, text) in enumerate([texts[0], *texts]):
-            fields = {**domain.row_defaults, **row.fields, "messages": row.messages}
+            fields = {**domain.reward_fields(row.fields), "messages": row.messages}
             start = time.monotonic()
             grader.score([GradeItem(text, fields)])
             seconds = time.monotonic() - start

@@ -204,7 +204,7 @@ class Task:
 
     def _continue_turn(self, row: Row) -> ToolTurns | WorldTurns | None:
         if self.spec.environment is not None:
-            world = {**self.spec.row_defaults, **row.fields}["environment"]
+            world = self.spec.reward_fields(row.fields)["environment"]
             return WorldTurns(self._tokenizer, world, self.spec.effort)
         if self._tools:
             return ToolTurns(self._tokenizer, self._tools, self.spec.effort, row.fields)
@@ -282,7 +282,7 @@ class Task:
 
     def _read_by_judge(self, row: Row) -> tuple[str, str | None]:
         """The row's rubric and reference. Raises DataError where it has none."""
-        config, fields = self.spec.judge, {**self.spec.row_defaults, **row.fields}
+        config, fields = self.spec.judge, self.spec.reward_fields(row.fields)
         assert config is not None
         rubric = judged_field(row, fields, config.rubric)
         return rubric, config.reference and judged_field(row, fields, config.reference)
@@ -308,7 +308,7 @@ class Task:
         row = self._rows[rollout.prompt_id]
         content = next((m["content"] for m in reversed(turns) if m["role"] == "assistant"), "")
         messages = [*self.messages(row), *turns]
-        fields = {**self.spec.row_defaults, **row.fields, "messages": messages}
+        fields = {**self.spec.reward_fields(row.fields), "messages": messages}
         return GradeItem(response=content, row=fields)
 
     def turns(self, rollout: Rollout) -> list[Message]:

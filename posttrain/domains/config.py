@@ -1,6 +1,6 @@
 """What a recipe says about a domain and its data."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -194,7 +194,7 @@ class DomainSpec(Config):
     """Bounds a whole answer in tokens, the tools' results and further turns included."""
     reward_options: dict[str, Any] = {}
     """Keyword arguments of the reward for every row, such as `{sandbox: landlock}` or `{partial:
-    true}`; a row's own fields of these names come before them."""
+    true}`; a row's own fields of these names come before them, but for `sandbox`."""
     reward_timeout_s: float = Field(default=5.0, gt=0)
     """Seconds for one answer's reward; one that takes longer scores 0."""
 
@@ -251,11 +251,12 @@ class DomainSpec(Config):
         told = {"name", "description", "parameters"}
         return [tool.model_dump(include=told) for tool in self.tools if tool.in_prompt]
 
-    @property
-    def row_defaults(self) -> dict[str, Any]:
-        """What the reward is given for every row, beside and below the row's own fields."""
+    def reward_fields(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """What the reward is given of a row: its fields, and `reward_options` where it has none.
+        How weak a sandbox may be is for the recipe alone to say, never for the data."""
         world = {} if self.environment is None else {"environment": {"kind": self.environment}}
-        return {**world, **self.reward_options}
+        own = {name: value for name, value in row.items() if name != "sandbox"}
+        return {**world, **self.reward_options, **own}
 
     @property
     def untrained_share(self) -> float:

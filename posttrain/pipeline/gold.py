@@ -6,7 +6,7 @@ calls of `calls`, `solution` or `call`, for a judge the `gold_verdict`. A row wi
 on silence alone, so that what cannot be graded at all is found too.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from time import monotonic
@@ -197,7 +197,7 @@ def _facts(
     ]
     cases = [*given, *_wrong(rows, golds, reward, num_rows=num_wrong_rows)]
     facts.num_gold, facts.num_wrong = len(given), len(cases) - len(given)
-    items = [_item(case.row, case.turns, domain.row_defaults) for case in cases]
+    items = [_item(case.row, case.turns, domain) for case in cases]
     scores: list[Score] = []
     with Grader({reward: 1.0}, folder=folder, timeout_s=domain.reward_timeout_s) as grader:
         for first in range(0, len(items), TOLD_EVERY):
@@ -282,8 +282,8 @@ def _content(turns: Turns) -> str:
     return str(turns[-1]["content"])
 
 
-def _item(row: Row, turns: Turns, defaults: Mapping[str, Any]) -> GradeItem:
-    fields = {**defaults, **row.fields, "messages": [*row.messages, *turns]}
+def _item(row: Row, turns: Turns, domain: DomainConfig) -> GradeItem:
+    fields = {**domain.reward_fields(row.fields), "messages": [*row.messages, *turns]}
     return GradeItem(response=_content(turns), row=fields)
 
 

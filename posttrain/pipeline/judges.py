@@ -71,7 +71,7 @@ def check_judged_rows(
     assert judge
     room = None if context is None else context - domain.max_new_tokens - judge.max_new_tokens
     for number, row in enumerate(rows, start=1):
-        fields = {**domain.row_defaults, **row.fields}
+        fields = domain.reward_fields(row.fields)
         try:
             rubric = judged_field(row, fields, judge.rubric)
             reference = judge.reference and judged_field(row, fields, judge.reference)

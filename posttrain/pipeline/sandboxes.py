@@ -17,7 +17,7 @@ def sandbox_level(domain: DomainConfig, rows: Sequence[Row]) -> Level | None:
     if "programs" not in domain.reward_weights:
         return None
     found: list[Level] = []
-    for lowest in sandbox_levels([("", {**domain.reward_options, **row.fields}) for row in rows]):
+    for lowest in sandbox_levels([("", domain.reward_fields(row.fields)) for row in rows]):
         with Sandbox(lowest=lowest) as sandbox:
             found.append(sandbox.level)
     return min(found, key=LEVELS.index, default=None)

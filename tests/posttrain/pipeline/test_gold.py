@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 
+from posttrain.domains import rows_to_check
 from posttrain.errors import DataError, PosttrainError
 from posttrain.pipeline.checks import check_recipe
 from posttrain.pipeline.gold import GoldFacts, GoldReport, check_gold
 from posttrain.pipeline.recipe_file import load_recipe
+from rewards.programs import sandbox_levels
 from rewards.sandbox import Sandbox
 
 RECIPE = """\
@@ -175,6 +177,22 @@ def test_the_level_of_the_sandbox_is_told(tmp_path: Path) -> None:
     nothing_runs = examined(tmp_path, "formats", PROGRAMS, "    reward_options: {min_words: 1}\n")
     assert nothing_runs.sandbox is None
     assert check_recipe(load_recipe(str(tmp_path / "mine.yaml"))) == {}
+
+
+def test_data_cannot_lower_the_level_that_the_recipe_asks_for(tmp_path: Path) -> None:
+    rows = [{**row, "sandbox": "limits"} for row in PROGRAMS]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = tmp_path / "mine.yaml"
+    for level in ("landlock", "namespaces"):
+        option = f"programs\n    reward_options: {{sandbox: {level}, timeout_s: 3.0}}"
+        path.write_text(RECIPE.replace("REWARD", option))
+        file = load_recipe(str(path))
+        domain = file.recipe.domains["mine"]
+        found = rows_to_check(domain.data, folder=tmp_path, seed=0)
+        assert found[0].fields["sandbox"] == "limits"
+        given = [domain.reward_fields({**row.fields, "timeout_s": 1.0}) for row in found]
+        assert sandbox_levels([("", fields) for fields in given]) == {level}
+        assert {fields["timeout_s"] for fields in given} == {1.0}  # other options it may
 
 
 def test_a_sandbox_that_cannot_be_had_is_known_before_training(tmp_path: Path) -> None:
