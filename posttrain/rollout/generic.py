@@ -1,5 +1,6 @@
-"""The slots of any causal model of transformers' whose layers all attend to their whole past
-(Llama, Qwen and the like): keys and values by slot, no padding on the left.
+"""The slots of any causal model of transformers' whose layers attend to their whole past or to a
+sliding window of it (Llama, Qwen, Mistral, Gemma and the like): keys and values by slot, no padding
+on the left. Keys out of the window stay where they are, hidden.
 
 Legend: B slots, D rows of a forward, n new tokens of each, R room for tokens, h key heads, d head
 size, V vocabulary.
@@ -76,7 +77,7 @@ class GenericSlots:
 
     def __init__(self, model: Any, num_slots: int) -> None:
         """Raises ValueError: layers that keep something else of the past, or not all of it."""
-        check_layers(model.config)
+        self._windows = windows_of(model.config)
         self._model, width = model, whole(num_slots)
         self._filling, self._shelf = width, width + 1  # slots that no row has
         self._rows = SlotRows(width + 2)
@@ -120,18 +121,25 @@ class GenericSlots:
         rows.place_Dn = (start_D[:, None] + torch.arange(columns)).to(device)
         rows.reach = whole(int(start_D.max()) + columns)
         key_R = torch.arange(rows.reach, device=device)
-        is_hidden_DnR = key_R > rows.place_Dn.unsqueeze(-1)
-        bias = torch.zeros(is_hidden_DnR.shape, dtype=self._model.dtype, device=device)
-        bias = bias.masked_fill_(is_hidden_DnR, torch.finfo(bias.dtype).min).unsqueeze(1)
+        biases = {kind: self._bias(key_R, window) for kind, window in self._windows.items()}
         logits_DnV = self._model(
             ids_Dn.to(device),
-            attention_mask=bias,
+            attention_mask=biases if len(biases) > 1 else next(iter(biases.values())),
             position_ids=rows.place_Dn,
             past_key_values=self._cache,
             use_cache=True,
         ).logits
         last_D = torch.tensor([len(ids) - 1 for _, ids in parts], device=device)
         return logits_DnV[torch.arange(len(parts), device=device), last_D]
+
+    def _bias(self, key_R: Tensor, window: int | None) -> Tensor:
+        """(D, 1, n, R): the lowest number where a token does not see a key."""
+        place_Dn1 = self._rows.place_Dn.unsqueeze(-1)
+        is_hidden_DnR = key_R > place_Dn1
+        if window is not None:
+            is_hidden_DnR |= key_R <= place_Dn1 - window
+        bias = torch.zeros(is_hidden_DnR.shape, dtype=self._model.dtype, device=key_R.device)
+        return bias.masked_fill_(is_hidden_DnR, torch.finfo(bias.dtype).min).unsqueeze(1)
 
     def ahead(self, slots: Sequence[int], num_steps: int) -> None:
         """Not of these models: step by step."""
@@ -159,13 +167,18 @@ class GenericSlots:
         self.copy([self._shelf] * len(slots), slots)
 
 
-def check_layers(config: Any) -> None:
-    """Raises ValueError: not all layers attend to their whole past."""
+def windows_of(config: Any) -> dict[str, int | None]:
+    """The kinds of the model's layers, and how many tokens each sees; None: all.
+
+    Raises ValueError: a layer keeps something else of the past."""
     text = config.get_text_config()
-    kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
-    window = getattr(text, "sliding_window", None) if kinds != {"full_attention"} else None
-    if kinds != {"full_attention"} or window:
+    window = getattr(text, "sliding_window", None)
+    of_kind = {"full_attention": None, "sliding_attention": window}
+    usual = "full_attention" if window is None else "sliding_attention"
+    kinds = dict.fromkeys(getattr(text, "layer_types", None) or [usual])
+    if not kinds.keys() <= of_kind.keys():
         raise ValueError(
             f"{text.model_type} has layers of kinds {sorted(kinds)}: the engine samples from "
-            "V4, or from models whose layers all are full_attention"
+            f"V4, or from models whose layers are of {sorted(of_kind)}"
         )
+    return {kind: of_kind[kind] for kind in kinds}

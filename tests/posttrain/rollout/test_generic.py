@@ -7,6 +7,8 @@ import pytest
 import torch
 from at_hand import VOCAB, make_requests, run, said_by_a_tool
 from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -34,13 +36,20 @@ def make_model(name: str) -> Any:
         torch.manual_seed(0)
         if name == "llama":
             model: Any = LlamaForCausalLM(LlamaConfig(**SIZES))
+        elif name == "mistral":
+            model = MistralForCausalLM(MistralConfig(**SIZES, sliding_window=8))
+        elif name == "gemma":
+            kinds = ["sliding_attention", "full_attention"]
+            config = Gemma3TextConfig(**SIZES, sliding_window=8, layer_types=kinds)
+            model = Gemma3ForCausalLM(config)
+            model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
         else:
             model = Qwen3ForCausalLM(Qwen3Config(**SIZES))
         model.lm_head.weight.data *= 20
     return model.eval()
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen"])
+@pytest.mark.parametrize("name", ["llama", "qwen", "mistral", "gemma"])
 def test_rollouts_are_those_of_full_forwards_in_any_slots_and_order(name: str) -> None:
     model = make_model(name)
     ways: list[dict[str, Any]] = [{"temperature": 0.0}, {}, {"temperature": 0.6}]
@@ -72,9 +81,10 @@ def test_a_tool_speaks_to_another_model_too() -> None:
     assert any(not all(r.is_own) for r in found.values())
 
 
-def test_layers_that_do_not_keep_the_whole_past_are_refused() -> None:
-    config = MistralConfig(**SIZES, sliding_window=8, layer_types=["sliding_attention"] * 2)  # pyright: ignore[reportCallIssue]  # its type leaves it out
-    with pytest.raises(ValueError, match="mistral has layers of kinds"):
-        run(MistralForCausalLM(config), make_requests(1))
+def test_layers_that_keep_something_else_are_refused() -> None:
+    model = make_model("llama")
+    model.config.layer_types = ["linear_attention", "full_attention"]
+    with pytest.raises(ValueError, match="llama has layers of kinds"):
+        run(model, make_requests(1))
     with pytest.raises(ValueError, match="only V4 models tell"):
         run(make_model("llama"), make_requests(1, wants_routes=True))
