@@ -146,7 +146,6 @@ def posttrain_steps(
         [LocalRole("distill.teachers:TeacherPool", {"capacity": 1})],
         lambda name: Teacher(name, folder / name, name, hidden_size),
         store=HiddenStore(folder / "hidden", memory_bytes=1 << 30),
-        num_heads=1,
         rows_per_batch=ROWS,
         timeout_s=600.0,
     )

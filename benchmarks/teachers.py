@@ -123,7 +123,6 @@ def measure_pool(folder: str, distinct: str, capacity: str, questions: str, toke
             [role],
             lambda name: Teacher(name, Path(folder) / name, name, hidden_size=384),
             store=store,
-            num_heads=1,
             rows_per_batch=ROWS_PER_BATCH,
             timeout_s=3600.0,
         )

@@ -184,9 +184,12 @@ class DistillConfig(Config):
     rollout_timeout_s: float = Field(default=600.0, gt=0)
     """Seconds to wait for the next few rollouts of a worker, or for it to take up new weights."""
     num_resident_teachers: int = Field(default=8, ge=1)
-    """Teachers, and their heads on the learner, in memory at once, besides the next one, which is
-    read meanwhile; the least recently used one makes room, LoRA specialists of one base count as
-    one. Changes speed and memory, never the result."""
+    """Teachers in memory at once, besides the next one, which is read meanwhile; the least recently
+    used one makes room, LoRA specialists of one base count as one. Changes speed and memory, never
+    the result. The learner holds one teacher's head, or those of a token's several teachers."""
+    teachers_memory_gb: float | None = Field(default=None, gt=0)
+    """Of each worker of the pool, for the teachers in memory: fewer than `num_resident_teachers`
+    stay where they would take more, but always one."""
     num_teacher_workers: int = Field(default=1, ge=1)
     """Processes over which each teacher's weights and rows are spread, or as many as the run has
     besides the learner's. Changes speed and memory, never the result."""

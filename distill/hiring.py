@@ -3,6 +3,7 @@ that it is the one the run began with, and the pool that holds it."""
 
 import hashlib
 import json
+import math
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
@@ -43,6 +44,7 @@ def open_pool(stage: OpdStage, student: Any, tokenizer: Any, job: Job) -> Teache
             "distill.teachers:TeacherPool",
             {
                 "capacity": config.num_resident_teachers,
+                "max_gb": config.teachers_memory_gb or math.inf,
                 "dtype": config.teacher_dtype,
                 "rank": rank,
                 "num_workers": num_workers,
@@ -56,7 +58,6 @@ def open_pool(stage: OpdStage, student: Any, tokenizer: Any, job: Job) -> Teache
         pool,
         Examiner(student, tokenizer, job, dtype=config.teacher_dtype),
         store=HiddenStore(job.out / "hidden", memory_bytes=int(config.hidden_memory_gb * 1e9)),
-        num_heads=config.num_resident_teachers,
         rows_per_batch=config.rows_per_microbatch,
         timeout_s=config.teacher_timeout_s,
     )

@@ -144,7 +144,7 @@ class Teacher:
 
 
 class Teachers:
-    """The learner's side of the pool: asks it, waits for it, keeps the heads used last.
+    """The learner's side of the pool: asks it, waits for it, keeps the head used last.
 
     All questions come from one process: workers of a pool gather layers together, so that all of
     them must be asked the same in the same order.
@@ -156,7 +156,6 @@ class Teachers:
         examine: Callable[[str], Teacher],
         *,
         store: HiddenStore,
-        num_heads: int,
         rows_per_batch: int,
         timeout_s: float,
     ) -> None:
@@ -171,7 +170,7 @@ class Teachers:
         self._lock = Lock()
         """Over the store: rows are asked for on one thread while others are freed on another."""
 
-        self.head: Recent[Head] = Recent(self._read_head, capacity=num_heads)
+        self.head: Recent[Head] = Recent(self._read_head, capacity=1)
 
     def hire(self, names: Iterable[str]) -> None:
         """Examine those that are new. Raises what the examination does."""

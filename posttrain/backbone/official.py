@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,35 @@ def fill(model: nn.Module, directory: Path, *, dtype: torch.dtype) -> None:
             target[place.index].copy_(decode(*_raw(entries, place), dtype=target.dtype))
 
 
+def read_config(directory: str | Path) -> Any:
+    """The configuration of the model that an official checkpoint is of."""
+    return from_official(read_json(Path(directory) / "config.json"))
+
+
+def reader(directory: str | Path, skeleton: nn.Module) -> Callable[[str], Tensor]:
+    """For a model without weights (on the meta device, say): a function that reads one tensor of
+    an official checkpoint by the model's name for it, in the model's dtype.
+
+    Raises:
+        OfficialError: as `load`.
+    """
+    folder, held = Path(directory), skeleton.state_dict()
+    entries = read_entries(folder)
+    wanted = places({name: tuple(value.shape) for name, value in held.items()})
+    refuse(find_problems(entries, wanted, directory=folder))
+    of: dict[str, list[Place]] = defaultdict(list)
+    for place in wanted:
+        of[place.model].append(place)
+
+    def read(name: str) -> Tensor:
+        found = torch.empty(held[name].shape, dtype=held[name].dtype)
+        for place in of[name]:
+            found[place.index].copy_(decode(*_raw(entries, place), dtype=found.dtype))
+        return found
+
+    return read
+
+
 def save(model: nn.Module, directory: str | Path, *, template: str | Path | None = None) -> None:
     """Write a model in the official layout; `directory` appears whole or not at all.
 
@@ -191,7 +221,7 @@ def refuse(problems: Sequence[str]) -> None:
 
 
 def _empty_model(folder: Path, dtype: torch.dtype) -> V4ForCausalLM:
-    config = from_official(read_json(folder / "config.json"))
+    config = read_config(folder)
     auto: Any = AutoModelForCausalLM
     with init.no_init_weights():  # every number comes from the files, or load raises
         return auto.from_config(config, dtype=dtype)

@@ -110,3 +110,33 @@ def test_what_teachers_sampled_is_learned_alike_and_logged_apart(models: Models)
     assert f"kl/mathematics/{MATHS}" not in found.metrics  # the one row of both is the teacher's
     for name in ("share/code", "grad_share/code", "token_share/code"):
         torch.testing.assert_close(found.metrics[name], plain.metrics[name])
+
+
+@pytest.mark.parametrize("rows_per_microbatch", [1, 5])
+def test_gradients_at_the_hidden_states_are_autograds_of_the_dense_loss(
+    models: Models, rows_per_microbatch: int
+) -> None:
+    model, teachers = models()
+    rows, tokens = examples(), {"code": 12, "mathematics": 7}
+    squares = dict.fromkeys(SHARES, 0.0)
+    for row in rows:
+        ids, places = torch.tensor([row.input_ids]), row.positions
+        (name,) = row.teachers
+        with torch.no_grad():
+            seen = [m.base_model(ids).last_hidden_state[0, places] for m in (model, teachers[name])]
+            heads = [m.get_output_embeddings().weight.double() for m in (model, teachers[name])]
+        hidden_NH = seen[0].double().requires_grad_()
+        logp, logq = (
+            (x.double() @ head.T / 0.8).log_softmax(dim=-1)
+            for x, head in zip((hidden_NH, seen[1]), heads, strict=True)
+        )
+        weight = SHARES[row.domain] / sum(SHARES.values()) / tokens[row.domain]
+        loss = weight * (logp.exp() * (logp - logq)).sum()
+        (gradient,) = torch.autograd.grad(loss, hidden_NH)
+        squares[row.domain] += float(gradient.square().sum())
+    metrics = Update(model, teachers, rows, rows_per_microbatch=rows_per_microbatch).metrics
+    norms = {domain: square**0.5 for domain, square in squares.items()}
+    for domain, norm in norms.items():
+        assert metrics[f"hidden_grad/{domain}"].item() == pytest.approx(norm, rel=1e-4)
+        share = metrics[f"grad_share/{domain}"].item()
+        assert share == pytest.approx(norm / sum(norms.values()), rel=1e-4)

@@ -75,10 +75,10 @@ def test_workers_with_copies_of_the_weights_change_no_bit(make_job: Callable[[st
 
 @pytest.mark.ray
 def test_roles_in_processes_of_their_own_change_no_bit(make_job: Callable[[str], Job]) -> None:
-    schedules: list[dict[str, Any]] = [{}, {"max_staleness": 1}]
+    schedules: list[dict[str, Any]] = [{}, {"max_staleness": 1}, {"num_teacher_workers": 2}]
     here = [make_job(f"here{i}") for i in range(2)]
-    apart = [make_job(f"apart{i}") for i in range(2)]
-    for job, schedule in zip(here, schedules, strict=True):
+    apart = [make_job(f"apart{i}") for i in range(3)]
+    for job, schedule in zip(here, schedules[:2], strict=True):
         work(opd_stage(num_steps=3, **schedule), job)
     told = [
         {
@@ -88,14 +88,14 @@ def test_roles_in_processes_of_their_own_change_no_bit(make_job: Callable[[str],
             "out": str(job.out),
             "inputs": {role: str(path) for role, path in job.inputs.items()},
             "folder": str(job.folder),
-            "num_places": 2,
+            "num_places": num_places,
         }
-        for job, schedule in zip(apart, schedules, strict=True)
+        for job, schedule, num_places in zip(apart, schedules, (2, 2, 3), strict=True)
     ]
     script = Path(__file__).with_name("apart.py")
     here_first = {**os.environ, "PYTHONPATH": str(HOME)}
     subprocess.run([sys.executable, str(script), json.dumps(told)], check=True, env=here_first)
-    for one, other in zip(here, apart, strict=True):
+    for one, other in zip([*here, here[0]], apart, strict=True):
         assert_same_run(other, one)
 
 

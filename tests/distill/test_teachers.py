@@ -134,9 +134,7 @@ def make_teachers(
     def examine(name: str) -> Teacher:
         return Teacher(name, folders[name], name, hidden_size=32)
 
-    made = Teachers(
-        [role], examine, store=store, num_heads=1, rows_per_batch=rows_per_batch, timeout_s=1.0
-    )
+    made = Teachers([role], examine, store=store, rows_per_batch=rows_per_batch, timeout_s=1.0)
     made.hire(folders)
     return made
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_teachers_adapters import KINDS, write_adapter
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from distill.teacher_rows import Row, cut, deal
@@ -84,16 +85,20 @@ def test_two_workers_answer_what_one_answers_to_the_bit(
     sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}
     llama = LlamaForCausalLM(LlamaConfig(vocab_size=275, **sizes))
     save_checkpoint(llama, build_tokenizer(), tmp_path / "llama")
+    base = stages["base"] / "checkpoint"
+    adapters = [write_adapter(base, tmp_path / name, **kind) for name, kind in KINDS.items()]
     # 3, 1 and 2 batches: the second worker has nothing to read in the last round of two teachers
     teachers = [
         (stages["specialist/code"] / "checkpoint", batches(9)),
         (tmp_path / "llama", batches(2)),
-        (stages["base"] / "checkpoint", batches(4)),
+        (base, batches(4)),
+        *((adapter, batches(4)) for adapter in adapters),
     ]
     one, two = ask(1, teachers, tmp_path / "one"), ask(2, teachers, tmp_path / "two")
     for dtype in DTYPES:
         (alone, whole), (together, parts) = one[dtype], two[dtype]
-        assert [len(rows) for rows in alone] == [9, 2, 4, 9]
+        assert [len(rows) for rows in alone] == [9, 2, 4, 4, 4, 4, 9]
+        assert len({rows[0].tobytes() for rows in alone[2:6]}) == 4  # each adapter says its own
         for rows, others in zip(alone, together, strict=True):
             assert all((a == b).all() for a, b in zip(rows, others, strict=True))
         assert sum(parts) == whole[0]  # each rank holds its rows and nothing else
