@@ -35,6 +35,7 @@ from posttrain.pipeline.checkpoint_checks import (
     read_tokenizer,
     teacher_tokenizer,
 )
+from posttrain.pipeline.graded_rows import check_graded_rows
 from posttrain.pipeline.hub import check_on_hub
 from posttrain.pipeline.judges import check_judge, check_judged_rows, context_of
 from posttrain.pipeline.recipe_domain import DomainConfig
@@ -227,6 +228,7 @@ def check_data(file: RecipeFile, name: str, domain: DomainConfig) -> Level | Non
         return None
     with naming(file, (*where, domain.data.source.partition(" ")[0])):
         rows = rows_to_check(domain.data, folder=file.folder, seed=file.recipe.seed)
+        check_graded_rows(domain, rows, file.folder)
     with naming(file, ("domains", name, "reward")):
         level = sandbox_level(domain, rows)
     share = max(other.heldout_share for other in file.recipe.domains.values())

@@ -61,8 +61,7 @@ class Case:
 
 @dataclass
 class GoldFacts:
-    """One reward of one domain: how its graders do on answers whose worth is known; nothing is
-    known of a judge, whose verdicts have no gold."""
+    """One reward of one domain: how its graders do on answers whose worth is known."""
 
     domain: str
     reward: str
@@ -81,6 +80,8 @@ class GoldFacts:
     """The level at which programs ran; None where none did."""
     num_bad: int = 0
     """Rows with a problem; those that the domain's `bad_gold` knows of included."""
+    unchecked: str = ""
+    """Why nothing was graded: it gives gold no 1 that is known of."""
     seconds: float = 0.0
     problems: list[str] = field(default_factory=list[str])
     known: list[str] = field(default_factory=list[str])
@@ -150,7 +151,8 @@ def check_domain(
     """
     rows = rows_to_check(domain.data, folder=folder, seed=seed)
     facts: list[GoldFacts] = []
-    for reward in _graded(domain):
+    graded = _graded(domain)
+    for reward in graded:
         try:
             facts.append(
                 _facts(
@@ -163,9 +165,15 @@ def check_domain(
     for found in facts:
         if domain.bad_gold == "all" or found.num_bad <= domain.bad_gold:
             found.known, found.problems = found.problems, []
-    if domain.judge:
-        facts.append(GoldFacts(name, JUDGE, len(rows)))
-    return facts
+    others = [reward for reward in domain.reward_weights if reward not in graded]
+    return [*facts, *(GoldFacts(name, r, len(rows), unchecked=_why(r)) for r in others)]
+
+
+def _why(reward: str) -> str:
+    """Why a reward is not held to gold answers."""
+    if reward == JUDGE:
+        return "a model's verdict"
+    return "it counts for nothing or less" if reward in REWARDS else "yours, beside others"
 
 
 def _graded(domain: DomainConfig) -> list[str]:
@@ -302,13 +310,14 @@ def _examples(name: str, reward: str, what: str, graded: Sequence[tuple[Case, Sc
 
 def line_of(fact: GoldFacts) -> str:
     """One reward in words."""
-    if fact.reward == JUDGE:
-        return f"{fact.domain}: reward judge, {fact.num_rows} rows: a model's verdict, not checked"
+    start = f"{fact.domain}: reward {fact.reward}, {fact.num_rows} rows:"
+    if fact.unchecked:
+        return f"{start} {fact.unchecked}, not checked"
+    right = f"{fact.num_right} of {fact.num_gold} gold answers score 1"
     more = "" if fact.best_constant is None else f"; a constant scores {fact.best_constant:.3f}"
     more += f"; the sandbox's level is {fact.sandbox}" if fact.sandbox else ""
     more += f"; {fact.num_bad} bad rows are known" if fact.known else ""
     return (
-        f"{fact.domain}: reward {fact.reward}, {fact.num_rows} rows: {fact.num_right} of "
-        f"{fact.num_gold} gold answers score 1, {fact.num_fooled} of {fact.num_wrong} wrong ones "
-        f"do{more} ({fact.seconds:.1f} s)"
+        f"{start} {right if fact.num_gold else 'no gold'}, {fact.num_fooled} of {fact.num_wrong} "
+        f"wrong ones {'do' if fact.num_gold else 'score 1'}{more} ({fact.seconds:.1f} s)"
     )

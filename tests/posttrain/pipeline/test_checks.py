@@ -3,6 +3,7 @@
 import json
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 from own_recipe import checked, line_of, message_of, write_recipe
@@ -44,6 +45,50 @@ def test_a_reward_module_that_cannot_be_used_is_named(
     message = message_of(path)
     assert message.startswith(f"{path}:11: domains.letters.reward: ")
     assert said in message
+
+
+@pytest.mark.parametrize(
+    ("reward", "field", "rest"),
+    [
+        ("mathematics", "answer", {}),
+        ("exact", "answer", {"answer": ""}),
+        ("puzzles", "answer", {}),
+        ("{mathematics: 1, 'my_rewards:letters': 0.2}", "answer", {}),
+        ("programs", "tests", {}),
+        ("instructions", "kwargs", {"instruction_id_list": []}),
+        ("verdicts", "gold_verdict", {"answer": "7"}),
+        ("tools", "answer or calls or state or solution", {"call": {"name": "get"}}),
+        ("formats", "thinks or language", {"answer": "1"}),
+    ],
+)
+def test_a_row_without_what_its_reward_reads_is_named_with_the_field(
+    tmp_path: Path, reward: str, field: str, rest: dict[str, Any]
+) -> None:
+    rows: list[dict[str, Any]] = [
+        {
+            "prompt": f"say {i}", "response": "1", "answer": "1", "gold_verdict": 7, "thinks": True,
+            "tests": [{"x": 1, "expect": 2}], "instruction_id_list": [], "kwargs": [],
+        }
+        for i in range(64)
+    ]  # fmt: skip
+    rows[40] = {"prompt": "say forty", **rest}
+    path = write_recipe(tmp_path)
+    data = tmp_path / "graded.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = (f"domains.letters.reward={reward}", f"domains.letters.data.jsonl={data.name}")
+    message = message_of(path, *given)
+    assert message.startswith(f"--set: domains.letters.data.jsonl: {data}, row 41, 'say forty', ")
+    assert f"lacks {field}" in message
+    checked(path, *given, "domains.letters.bad_gold=1")
+    data.write_text("".join(json.dumps(row) + "\n" for row in [*rows, rows[40]]))
+    message_of(path, *given, "domains.letters.bad_gold=1")
+    checked(path, *given, "domains.letters.bad_gold=all")
+
+
+def test_what_rewards_read_may_be_the_recipes_own_option(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path)
+    message_of(path, "domains.letters.reward=formats")
+    checked(path, "domains.letters.reward=formats", "domains.letters.reward_options={min_words: 2}")
 
 
 def test_a_rows_fields_must_leave_room_for_a_tools_arguments(tmp_path: Path) -> None:

@@ -25,11 +25,15 @@ domains:
 """
 
 
-def examined(folder: Path, reward: str, rows: list[dict[str, Any]], more: str = "") -> GoldFacts:
+def report(folder: Path, reward: str, rows: list[dict[str, Any]], more: str = "") -> GoldReport:
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     path = folder / "mine.yaml"
     path.write_text(RECIPE.replace("    reward: REWARD\n", f"    reward: {reward}\n{more}"))
-    (facts,) = check_gold(load_recipe(str(path))).facts
+    return check_gold(load_recipe(str(path)))
+
+
+def examined(folder: Path, reward: str, rows: list[dict[str, Any]], more: str = "") -> GoldFacts:
+    (facts,) = report(folder, reward, rows, more).facts
     return facts
 
 
@@ -108,6 +112,15 @@ def test_gold_that_its_own_grader_refuses_is_told_with_its_row(tmp_path: Path) -
     assert (
         "the gold answer 'it is 11' to row 21, '5+5=', scores 0: 'it is 11' against '10'" in problem
     )
+
+
+def test_a_reward_of_the_users_beside_ours_is_told_to_be_unchecked(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("def brief(response, **row):\n    return 0.5\n")
+    found = report(tmp_path, "{mathematics: 1, 'mine:brief': 0.2}", sums())
+    assert [fact.reward for fact in found.facts] == ["mathematics", "mine:brief"]
+    assert found.problems == []
+    lines = found.text().splitlines()
+    assert lines[1] == "mine: reward mine:brief, 20 rows: yours, beside others, not checked"
 
 
 def test_a_grader_that_pays_for_anything_is_found_out(tmp_path: Path) -> None:

@@ -71,8 +71,11 @@ def test_the_row_without_a_rubric_is_named(path: Path) -> None:
     rows = [json.loads(line) for line in (path.parent / "rows.jsonl").read_text().splitlines()]
     rows[40]["answer"] = ""
     (path.parent / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert "row 41 of 64: the row with prompt 'say 40' has ''" in message_of(path)
-    checked(path, "domains.letters.judge.rubric=r", "domains.letters.reward_options.r=Be kind.")
+    judge = "domains.letters.reward=judge"
+    assert "row 41 of 64: the row with prompt 'say 40' has ''" in message_of(path, judge)
+    checked(
+        path, judge, "domains.letters.judge.rubric=r", "domains.letters.reward_options.r=Be kind."
+    )
 
 
 def test_a_row_too_long_for_its_judge_is_named(path: Path) -> None:
