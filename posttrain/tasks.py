@@ -9,10 +9,10 @@ from typing import Any, cast
 from transformers import PreTrainedTokenizerBase
 
 from posttrain.chat import (
-    Turn,
     encode_example,
     encode_prompt,
     encode_tool_results,
+    parse_tool_results,
     parse_turn,
 )
 from posttrain.config import Effort
@@ -314,21 +314,14 @@ class Task:
     def turns(self, rollout: Rollout) -> list[Message]:
         """The rollout's response as messages: the model's turns, the tools' results between."""
         turns: list[Message] = []
-        last = Turn("", "")
         for is_own, ids in spans(rollout):
             if is_own:
-                last = parse_turn(self._tokenizer, ids, effort=self.spec.effort)
-                turns.append(last.message())
+                turn = parse_turn(self._tokenizer, ids, effort=self.spec.effort)
+                turns.append(turn.message())
             else:
-                results = self._results(ids, num_results=len(last.tool_calls))
+                results = parse_tool_results(self._tokenizer, ids)
                 turns += [{"role": "tool", "content": result} for result in results]
         return turns
-
-    def _results(self, ids: list[int], *, num_results: int) -> list[str]:
-        """The tools' texts in the tokens between two own turns."""
-        text = str(self._tokenizer.decode(ids, clean_up_tokenization_spaces=False))
-        text = text.partition("<tool_result>")[2].rpartition("</tool_result>")[0]
-        return text.split("</tool_result>\n\n<tool_result>", max(num_results - 1, 0))
 
     def render(self, rollout: Rollout) -> str:
         """A transcript, a line or more for each message, such as `user: 38+47=`."""

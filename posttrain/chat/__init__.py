@@ -1,6 +1,6 @@
 """Conversations as token ids: encoding messages, reading the turns that a model writes."""
 
-from posttrain.chat.conversations import Conversation, parse_conversation
+from posttrain.chat.conversations import Conversation, parse_conversation, parse_tool_results
 from posttrain.chat.encoding import (
     Effort,
     Message,
@@ -23,6 +23,7 @@ __all__ = [
     "encode_tool_results",
     "is_v4",
     "parse_conversation",
+    "parse_tool_results",
     "parse_turn",
     "tools_text",
 ]

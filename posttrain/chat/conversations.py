@@ -1,6 +1,7 @@
 """A whole conversation in V4's format, taken apart: what encoding.py makes, back. Never raises.
 
-The structure is read from control tokens alone, so nothing that is said can add a message. Some of
+The structure is read from control tokens, and from tags that no text can spell where they are none
+(marks.py), so nothing that is said can add a message. Some of
 what was put in is not in the ids: a developer has the user's mark, so of turns that follow each
 other the first is the user's and the others a developer's; messages of one role that were joined
 are one; what V4 leaves out (encoding.py) is not there. Encoding what comes back gives the same ids.
@@ -14,14 +15,29 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from posttrain.chat.encoding import MAX_EFFORT, NUMBER_EFFORT, TOOLS_HEAD
-from posttrain.chat.turns import clean, text_of, turn_of
+from posttrain.chat.encoding import TOOLS_HEAD
+from posttrain.chat.marks import (
+    CLOSE_RESULT,
+    MAX_EFFORT,
+    NUMBER,
+    OPEN_RESULT,
+    show_effort,
+    show_tag,
+)
+from posttrain.chat.turns import ToolCall, clean, text_of, turn_of
 from posttrain.config import Effort
-from posttrain.tokenizer import ASSISTANT, BOS, END_THINK, EOS, REMINDER, THINK, USER
+from posttrain.tokenizer import (
+    ASSISTANT,
+    BOS,
+    END_THINK,
+    EOS,
+    REMINDER,
+    THINK,
+    USER,
+    controls_of,
+)
 
-MARKS = re.compile(f"({USER}|{ASSISTANT}|{REMINDER})")
-RESULT = re.compile("<tool_result>(.*?)</tool_result>", re.DOTALL)
-NUMBER = re.compile(re.escape(NUMBER_EFFORT).replace(r"\{number\}", r"(\d{1,3})"))
+RESULT = re.compile(f"{OPEN_RESULT}(.*?){CLOSE_RESULT}", re.DOTALL)
 
 
 @dataclass(slots=True)
@@ -32,6 +48,9 @@ class Conversation:
     messages: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
     tools: list[Any] = field(default_factory=list[Any])
     effort: Effort = "none"
+    whole_calls: dict[int, list[ToolCall]] = field(default_factory=dict[int, list[ToolCall]])
+    """`Turn.whole_calls` of the messages, by their index, whose calls are broken."""
+
     problem: str | None = None
     """The first thing that is wrong with the form; None where all of it was understood."""
 
@@ -40,21 +59,16 @@ class Conversation:
 
 
 def parse_conversation(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> Conversation:
-    """What `encode_example` or `encode_prompt` were given, from their ids or a part of them.
-
-    Where the tokenizer has no token for it, as V4's own vocabulary has none, a tool's result ends
-    at the first `</tool_result>` in its text.
-    """
+    """What `encode_example` or `encode_prompt` were given, from their ids or a part of them."""
     found = Conversation()
-    head, *parts = MARKS.split(text_of(tokenizer, ids))
+    head, pairs = _turns(tokenizer, ids)
     if not head.startswith(BOS):
         found.note("it does not begin with the first token of a conversation")
     _read_head(found, head.removeprefix(BOS))
-    pairs = list(zip(parts[::2], parts[1::2], strict=True))
     before = ""
     for i, (mark, text) in enumerate(pairs, 1):
         if mark == USER:
-            heard = _heard(text)
+            heard = _heard(tokenizer, text)
             if before == USER and [m["role"] for m in heard] == ["user"]:
                 heard[0]["role"] = "developer"
             found.messages += heard
@@ -66,6 +80,22 @@ def parse_conversation(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -
     return found
 
 
+def parse_tool_results(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
+    """What `encode_tool_results` was given, as far as it is whole."""
+    heard = [_heard(tokenizer, text) for mark, text in _turns(tokenizer, ids)[1] if mark == USER]
+    return [m["content"] for messages in heard for m in messages if m["role"] == "tool"]
+
+
+def _turns(
+    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]
+) -> tuple[str, list[tuple[str, str]]]:
+    """The text before the first mark of a turn; each such mark and the text behind it."""
+    known = controls_of(tokenizer).spelling_to_id
+    marks = [mark for mark in (USER, ASSISTANT, REMINDER) if mark in known]
+    head, *parts = re.split(f"({'|'.join(marks) or '(?!)'})", text_of(tokenizer, ids))
+    return head, list(zip(parts[::2], parts[1::2], strict=True))
+
+
 def _read_head(found: Conversation, text: str) -> None:
     """The effort's words, the system's, the tools."""
     if text.startswith(MAX_EFFORT):
@@ -75,7 +105,7 @@ def _read_head(found: Conversation, text: str) -> None:
     system, opened, schemas = text.partition(TOOLS_HEAD)
     system = system.removesuffix("\n\n") if opened else system
     if system:
-        found.messages.append({"role": "system", "content": clean(system)})
+        found.messages.append({"role": "system", "content": show_effort(clean(system))})
     for line in schemas.removesuffix("\n").split("\n") if opened else ():
         try:
             found.tools.append(json.loads(clean(line)))
@@ -83,25 +113,35 @@ def _read_head(found: Conversation, text: str) -> None:
             found.note(f"a tool's schema that is no JSON: {clean(line)[:40]!r}")
 
 
-def _heard(text: str) -> list[dict[str, Any]]:
+def _heard(tokenizer: PreTrainedTokenizerBase, text: str) -> list[dict[str, Any]]:
     """The user's and the tools' messages of one turn, which stand two newlines apart."""
+    known = controls_of(tokenizer).spelling_to_id
     messages: list[dict[str, Any]] = []
+
+    def user(said: str | None) -> None:
+        if said is not None:
+            shown = show_tag(clean(said), OPEN_RESULT, known)
+            messages.append({"role": "user", "content": shown})
+
     at = 0
     for result in RESULT.finditer(text):
-        messages += _said(text[at : result.start()], is_first=not at, is_last=False)
-        messages.append({"role": "tool", "content": clean(result[1])})
+        user(_said(text[at : result.start()], is_first=not at, is_last=False))
+        messages.append(
+            {"role": "tool", "content": show_tag(clean(result[1]), CLOSE_RESULT, known)}
+        )
         at = result.end()
-    return messages + _said(text[at:], is_first=not at, is_last=True)
+    user(_said(text[at:], is_first=not at, is_last=True))
+    return messages
 
 
-def _said(text: str, *, is_first: bool, is_last: bool) -> list[dict[str, Any]]:
+def _said(text: str, *, is_first: bool, is_last: bool) -> str | None:
     """The user's message in the text beside results, if there is one."""
     if is_first and is_last:
-        return [{"role": "user", "content": clean(text)}]
+        return text
     if not text or (not is_first and not is_last and text == "\n\n"):
-        return []
+        return None
     text = text if is_first else text.removeprefix("\n\n")
-    return [{"role": "user", "content": clean(text if is_last else text.removesuffix("\n\n"))}]
+    return text if is_last else text.removesuffix("\n\n")
 
 
 def _read_turn(
@@ -118,7 +158,9 @@ def _read_turn(
         return
     body, ended, rest = text.partition(EOS)
     turn = turn_of(tokenizer, body, is_ended=bool(ended), is_thinking=is_thinking)
+    if turn.whole_calls:
+        found.whole_calls[len(found.messages)] = turn.whole_calls
+    found.note(turn.problem and f"message {len(found.messages)}: {turn.problem}")
     found.messages.append(turn.message())
-    found.note(turn.problem)
     if rest:
         found.note(f"text after a turn's end: {clean(rest)[:40]!r}")

@@ -12,7 +12,8 @@ V4's format:
 Tool results, in call order, are the next user turn. A developer speaks in a turn of its own, with
 the user's mark; before the last user turn V4 drops it where the model thinks and has no tools, as
 it drops earlier reasoning. Only the format's own text may become control tokens: whatever a message
-says is encoded as mere characters, so that nobody can forge a turn.
+says is encoded as mere characters, so that nobody can forge a turn; marks that are characters
+themselves are told apart by marks.py.
 """
 
 import json
@@ -22,6 +23,14 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from posttrain.chat import template
+from posttrain.chat.marks import (
+    CLOSE_RESULT,
+    MAX_EFFORT,
+    NUMBER_EFFORT,
+    OPEN_RESULT,
+    hide_effort,
+    hide_tag,
+)
 from posttrain.config import Effort
 from posttrain.errors import DataError
 from posttrain.tokenizer import (
@@ -41,20 +50,6 @@ Message = Mapping[str, Any]
 
 ASKING = ("user", "developer")
 """The roles whose last message begins what the model thinks about."""
-
-MAX_EFFORT = (
-    "Reasoning Effort: Absolute maximum with no shortcuts permitted.\n"
-    "You MUST be very thorough in your thinking and comprehensively decompose the problem to "
-    "resolve the root cause, rigorously stress-testing your logic against all potential paths, "
-    "edge cases, and adversarial scenarios.\n"
-    "Explicitly write out your entire deliberation process, documenting every intermediate step, "
-    "considered alternative, and rejected hypothesis to ensure absolutely no assumption is left "
-    "unchecked.\n\n"
-)
-"""What V4 reads in front of the system text at effort `max`: part of the format, word for word."""
-
-NUMBER_EFFORT = "Reasoning Effort: {number} of 100.\n\n"
-"""What stands there at an effort that is a number: our words, V4's encoder has none for it."""
 
 TOOLS_HEAD = f"""## Tools
 
@@ -83,6 +78,9 @@ class Piece(NamedTuple):
     is_own: bool = False
     """Written by the model: it learns from it."""
 
+    hidden_tag: str = ""
+    """What the text must not be taken for: `hide_tag`."""
+
 
 def is_v4(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the tokenizer has the control tokens of V4's format."""
@@ -100,7 +98,8 @@ def encode_prompt(
     after.
 
     Raises:
-        DataError: if the messages are empty, end otherwise, or hold an unknown role.
+        DataError: if the messages are empty, end otherwise, or hold an unknown role or a name that
+            V4's format cannot say.
     """
     if not messages or messages[-1].get("role") in ("assistant", "latest_reminder"):
         raise DataError(
@@ -126,7 +125,8 @@ def encode_example(
     in message `since` or later.
 
     Raises:
-        DataError: if the messages do not end with the assistant, or hold an unknown role.
+        DataError: if the messages do not end with the assistant, or hold an unknown role or a name
+            that V4's format cannot say.
     """
     if not messages or messages[-1].get("role") != "assistant":
         raise DataError(
@@ -165,6 +165,15 @@ def _check_reminders(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mess
         )
 
 
+def _check_names(names: Sequence[str], *, where: str) -> None:
+    for name in names:
+        if '"' in name:
+            raise DataError(
+                f"{where} calls a tool or names an argument {name!r}: V4's format ends a name at "
+                "its first quotation mark, so rename it"
+            )
+
+
 def tools_text(tools: Sequence[Mapping[str, Any]]) -> str:
     """The block that tells the model its tools, one JSON schema a line."""
     return "".join(piece.text for piece in _tools_block(tools))
@@ -199,7 +208,8 @@ def _encode(
         if piece.is_own != text_is_own:
             flush()
             text_is_own = piece.is_own
-        for part in controls.pattern.split(piece.text) if piece.is_format else (piece.text,):
+        said = hide_tag(piece.text, piece.hidden_tag, controls.spelling_to_id)
+        for part in controls.pattern.split(said) if piece.is_format else (said,):
             if piece.is_format and part in controls.spelling_to_id:
                 flush()
                 ids.append(controls.spelling_to_id[part])
@@ -224,7 +234,7 @@ def _conversation(
     )
     system = "\n\n".join(str(m["content"]) for m in messages[:num_system])
     pieces = [Piece(BOS, is_format=True)]
-    pieces.append(Piece(effort_text(effort) + system))
+    pieces.append(Piece(effort_text(effort) + hide_effort(system)))
     if tools:
         pieces += [Piece("\n\n" if system else ""), *_tools_block(tools)]
 
@@ -254,7 +264,7 @@ def _conversation(
                 # unless there are tools, whose use it explains.
                 is_thinking = effort != "none" and (has_tools or i > last_user)
                 pieces += [*_heard(heard), _mark(is_thinking=is_thinking)]
-                turn = _assistant_turn(message, is_thinking=is_thinking)
+                turn = _assistant_turn(message, where=f"message {i}", is_thinking=is_thinking)
                 pieces += [piece._replace(is_own=i >= since) for piece in turn]
                 heard = []
             case role:
@@ -293,16 +303,17 @@ def _user_turn(heard: Sequence[Message]) -> list[Piece]:
     pieces = [Piece(USER, is_format=True)]
     for i, message in enumerate(heard):
         pieces += [Piece("\n\n")] if i else []
-        text = Piece(str(message["content"]))
+        text = str(message["content"])
         if message["role"] == "tool":
-            close = Piece("</tool_result>", is_format=True)
-            pieces += [Piece("<tool_result>", is_format=True), text, close]
+            pieces.append(Piece(OPEN_RESULT, is_format=True))
+            pieces.append(Piece(text, hidden_tag=CLOSE_RESULT))
+            pieces.append(Piece(CLOSE_RESULT, is_format=True))
         else:
-            pieces.append(text)
+            pieces.append(Piece(text, hidden_tag=OPEN_RESULT))
     return pieces
 
 
-def _assistant_turn(message: Message, *, is_thinking: bool) -> list[Piece]:
+def _assistant_turn(message: Message, *, where: str, is_thinking: bool) -> list[Piece]:
     def form(text: str) -> Piece:
         return Piece(text, is_format=True, is_own=True)
 
@@ -315,6 +326,7 @@ def _assistant_turn(message: Message, *, is_thinking: bool) -> list[Piece]:
     if calls:
         pieces.append(form(f"\n\n<{DSML}tool_calls>\n"))
         for call in calls:
+            _check_names([call["name"], *call["arguments"]], where=where)
             pieces += [form(f'<{DSML}invoke name="'), said(call["name"]), form('">\n')]
             for key, value in call["arguments"].items():
                 is_string = isinstance(value, str)

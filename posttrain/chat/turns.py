@@ -16,15 +16,18 @@ from posttrain.config import Effort
 from posttrain.tokenizer import DSML, END_THINK, controls_of
 
 CUT = "\ufdd0"
-"""Stands inside what is no control token though spelled like one, until the turn is taken apart."""
+"""Stands inside what is no control token though spelled like one, until the turn is taken apart.
+One that was written stands there twice."""
 
-INVOKE = re.compile(f'<{DSML}invoke name="([^"]*)">\n?')
+OPEN_INVOKE = f'<{DSML}invoke name="'
+INVOKE = re.compile(f'{OPEN_INVOKE}([^"]*)">\n?')
 PARAMETER = re.compile(
     f'<{DSML}parameter name="([^"]*)" string="(true|false)">(.*?)</{DSML}parameter>\n?', re.DOTALL
 )
 OPEN_CALLS = f"<{DSML}tool_calls>"
 END_INVOKE = re.compile(f"\n?</{DSML}invoke>\n?")
 END_CALLS = re.compile(f"</{DSML}tool_calls>")
+WRITTEN_OR_CUT = re.compile(f"{CUT}({CUT}?)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +48,10 @@ class Turn:
     problem: str | None = None
     """What is wrong with the turn's form; None where it is whole and ended."""
 
+    whole_calls: list[ToolCall] = field(default_factory=list[ToolCall])
+    """The calls that are whole in a block of which something is not. Nothing makes them: rewards
+    and environments see `tool_calls`, a block whole or not at all."""
+
     def message(self) -> dict[str, Any]:
         """The turn as an assistant message."""
         calls = [{"name": call.name, "arguments": call.arguments} for call in self.tool_calls]
@@ -57,7 +64,7 @@ class Turn:
 
 
 class _Malformed(ValueError):
-    """Calls that cannot be read."""
+    """A call that cannot be read."""
 
 
 def parse_turn(
@@ -80,15 +87,16 @@ def turn_of(
         problem = problem if mark else "the reasoning has no end"
     content, opened, block = text.partition(OPEN_CALLS)
     calls: list[ToolCall] = []
+    whole: list[ToolCall] = []
     if opened:
-        content = content.removesuffix("\n\n")
-        try:
-            calls = _calls(block)
-        except _Malformed as error:
-            content, problem = text, str(error)
+        whole, broken = _calls(block)
+        if broken:
+            content, problem = text, broken
+        else:
+            content, calls, whole = content.removesuffix("\n\n"), whole, []
     if not problem and controls_of(tokenizer).pattern.search(reasoning + CUT + content):
         problem = "a control token inside the text"
-    return Turn(clean(reasoning), clean(content), calls, problem)
+    return Turn(clean(reasoning), clean(content), calls, problem, whole)
 
 
 def text_of(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
@@ -102,7 +110,7 @@ def text_of(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
             continue
         if run:
             text = str(tokenizer.decode(run, clean_up_tokenization_spaces=False))
-            parts.append(CUT.join(controls.cut(text)))
+            parts.append(CUT.join(controls.cut(text.replace(CUT, CUT + CUT))))
             run = []
         if token is not None:
             parts.append(controls.id_to_spelling[token])
@@ -111,35 +119,54 @@ def text_of(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
 
 def clean(text: str) -> str:
     """What was written, of a part of `text_of`."""
-    return text.replace(CUT, "")
+    return WRITTEN_OR_CUT.sub(r"\1", text)
 
 
-def _calls(block: str) -> list[ToolCall]:
-    """The calls of a block, which must be whole. Raises _Malformed."""
-    calls: list[ToolCall] = []
-    at = len(block) - len(block.lstrip("\n"))
-    while invoke := INVOKE.match(block, at):
-        at = invoke.end()
-        arguments: dict[str, Any] = {}
-        while parameter := PARAMETER.match(block, at):
-            at = parameter.end()
-            key, is_string, value = parameter.groups()
-            arguments[clean(key)] = clean(value) if is_string == "true" else _json(clean(value))
-        end = END_INVOKE.match(block, at)
-        if not end:
-            raise _Malformed(f"a call of {clean(invoke[1])!r} that cannot be read")
-        at = end.end()
-        calls.append(ToolCall(clean(invoke[1]), arguments))
-    close = END_CALLS.match(block, at)
-    if not close or not calls:
-        raise _Malformed("a tool call that cannot be read")
-    if block[close.end() :]:
-        raise _Malformed("text after the tool calls")
-    return calls
+def _calls(block: str) -> tuple[list[ToolCall], str | None]:
+    """The whole calls of a block, and what is wrong with the block. A call begins with its open
+    tag, whatever became of the one before."""
+    close = END_CALLS.search(block)
+    before, *rest = block[: close.start() if close else len(block)].split(OPEN_INVOKE)
+    whole: list[ToolCall] = []
+    problems = ["text before the tool calls"] if before.strip("\n") else []
+    for i, text in enumerate(rest, 1):
+        name = clean(text.partition('"')[0])
+        try:
+            whole.append(_call(OPEN_INVOKE + text))
+        except _Malformed as error:
+            problems.append(f"tool call {i} ({name[:40]!r}) {error}")
+    if not rest:
+        problems.append("a block of tool calls without a call")
+    if not close:
+        problems.append("the block of tool calls has no end")
+    elif block[close.end() :]:
+        problems.append("text after the tool calls")
+    return whole, "; ".join(problems) or None
+
+
+def _call(text: str) -> ToolCall:
+    """The call of a text that holds nothing else. Raises _Malformed."""
+    invoke = INVOKE.match(text)
+    if not invoke:
+        raise _Malformed("has a name without an end")
+    at = invoke.end()
+    arguments: dict[str, Any] = {}
+    while parameter := PARAMETER.match(text, at):
+        at = parameter.end()
+        key, is_string, value = parameter.groups()
+        if DSML in value:
+            raise _Malformed(f"has a parameter without an end: {clean(key)[:40]!r}")
+        arguments[clean(key)] = clean(value) if is_string == "true" else _json(clean(value))
+    end = END_INVOKE.match(text, at)
+    if not end:
+        raise _Malformed(f"cannot be read from {clean(text[at:])[:40]!r} on")
+    if text[end.end() :]:
+        raise _Malformed(f"has text behind its end: {clean(text[end.end() :])[:40]!r}")
+    return ToolCall(clean(invoke[1]), arguments)
 
 
 def _json(text: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
-        raise _Malformed(f"a parameter that is no JSON: {text[:40]!r}") from None
+        raise _Malformed(f"has a parameter that is no JSON: {text[:40]!r}") from None
