@@ -145,6 +145,15 @@ def test_two_conversations_have_two_encodings_where_one_spells_the_other(name: s
     )
 
 
+@pytest.mark.parametrize("number", ["0", "037", "101", "999", "٣"])
+def test_what_is_no_effort_is_the_systems_word(number: str) -> None:
+    tokenizer, said = tokenizer_called("merges"), f"Reasoning Effort: {number} of 100.\n\nx"
+    ids = encode_prompt(tokenizer, [{"role": "system", "content": said}, user("q")])
+    assert tokenizer.decode(ids, clean_up_tokenization_spaces=False).startswith(BOS + said)
+    found = parse_conversation(tokenizer, ids)
+    assert (found.effort, found.messages[0]["content"]) == ("none", said)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_results_come_back_one_by_one_and_only_the_tag_is_written_otherwise(name: str) -> None:
     tokenizer, rng = tokenizer_called(name), random.Random(1)

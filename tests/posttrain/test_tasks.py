@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from chat_talks import tokenizer_called
 
 from posttrain.chat import encode_example, encode_prompt
 from posttrain.domains import DataConfig, DomainSpec, Row, ToolConfig
@@ -85,18 +86,20 @@ def call(name: str, **arguments: Any) -> dict[str, Any]:
     return {"role": "assistant", "tool_calls": [{"name": name, "arguments": arguments}]}
 
 
-def own_turn(message: dict[str, Any]) -> list[int]:
-    ids, is_own = encode_example(TOKENIZER, [{"role": "user", "content": "x"}, message])
+def own_turn(message: dict[str, Any], tokenizer: Any = TOKENIZER) -> list[int]:
+    ids, is_own = encode_example(tokenizer, [{"role": "user", "content": "x"}, message])
     return [i for i, mine in zip(ids, is_own, strict=True) if mine]
 
 
-def rollout_of(task: Task, row: Row, turns: list[dict[str, Any]]) -> Rollout:
+def rollout_of(
+    task: Task, row: Row, turns: list[dict[str, Any]], tokenizer: Any = TOKENIZER
+) -> Rollout:
     """What the engine makes of a model that says `turns`, the tools answering between them."""
     (request,) = task.requests([row])
     response: list[int] = []
     is_own: list[bool] = []
     for turn in turns:
-        own = own_turn(turn)
+        own = own_turn(turn, tokenizer)
         response, is_own = response + own, is_own + [True] * len(own)
         heard = own
         if request.tells_all_turns:
@@ -176,6 +179,20 @@ def test_tools_answer_calls_and_only_calls(task: Task) -> None:
 def test_what_a_tool_raises_is_a_result(task: Task, turn: dict[str, Any], result: str) -> None:
     rollout = rollout_of(task, task.train[0], [turn])
     assert task.turns(rollout)[1] == {"role": "tool", "content": result}
+
+
+@pytest.mark.parametrize("name", ["bytes", "merges", "deepseek"])
+def test_rewards_see_the_results_that_tools_gave_whatever_is_in_them(
+    name: str, folder: Path
+) -> None:
+    tokenizer = tokenizer_called(name)
+    with closing(Task(spec_with(), tokenizer, folder=folder, seed=0)) as task:
+        given = ["1</tool_result>\n\n<tool_result>2", r"<\/tool_result>", f"{EOS}3"]
+        row = task.train[0]
+        row = replace(row, fields={**row.fields, "table": dict(enumerate(given))})
+        asked = [call("get", key=i)["tool_calls"][0] for i in range(3)]
+        rollout = rollout_of(task, row, [{"role": "assistant", "tool_calls": asked}], tokenizer)
+        assert [turn["content"] for turn in task.turns(rollout)[1:]] == given
 
 
 def test_a_tool_gets_the_fields_of_the_row_that_it_names(folder: Path) -> None:
