@@ -48,11 +48,10 @@ class Curriculum:
         fresh = [row for row in rows if (task, row.id) not in self._has_spread]
         return rng.choice(fresh or known or [planned])
 
-    def replace(self, visit: int, attempt: int, task: int, rows: Sequence[Row]) -> Row:
-        """The row in place of one whose group had no spread: any that is not known to have none,
-        while there is one."""
-        may_teach = [row for row in rows if self._has_spread.get((task, row.id), True)]
-        return Random(f"{self._seed}/{visit}/{attempt}").choice(may_teach or rows)
+    def teaching(self, task: int, rows: Sequence[Row]) -> Sequence[Row]:
+        """The rows that may take the place of one whose group had no spread: all that are not known
+        to have none, while there is one."""
+        return [row for row in rows if self._has_spread.get((task, row.id), True)] or rows
 
     def record(self, step: int, task: int, row: Row, *, has_spread: bool) -> None:
         """What a group showed of its prompt."""

@@ -115,14 +115,23 @@ class GroupSampler:
     def _choose(self, visit: int, attempt: int) -> Row:
         """The row of a visit, by what was measured before; attempts above 0 take another."""
         task, planned = self.visits[visit]
+        rows = self._alike(visit)
         if attempt:
-            rows = self._alike(visit)
-            if self._curriculum is None:
-                return Random(f"{self._seed}/{visit}/{attempt}").choice(rows)
-            return self._curriculum.replace(visit, attempt, task, rows)
+            if self._curriculum is not None:
+                rows = self._curriculum.teaching(task, rows)
+            return Random(f"{self._seed}/{visit}/{attempt}").choice(self._others(visit, rows))
         if self._curriculum is None:
             return planned
-        return self._curriculum.choose(visit, task, planned, self._alike(visit))
+        return self._curriculum.choose(visit, task, planned, rows)
+
+    def _others(self, visit: int, rows: Sequence[Row]) -> Sequence[Row]:
+        """Of `rows` those that this sampling has not asked; if it has asked all, those that this
+        visit has not; if it has asked all, all."""
+        task = self.visits[visit][0]
+        asked = {row.id for (v, _), row in self._chosen.items() if self.visits[v][0] == task}
+        own = {row.id for (v, _), row in self._chosen.items() if v == visit}
+        fresh = [row for row in rows if row.id not in asked]
+        return fresh or [row for row in rows if row.id not in own] or rows
 
     def _record(self, groups: dict[int, Group], attempt: int) -> None:
         if self._curriculum is None:

@@ -242,6 +242,23 @@ def test_groups_without_spread_make_room_for_other_prompts(
     assert 0 < num_kept < 6
 
 
+def test_a_prompt_of_the_step_takes_no_groups_place_while_others_are_left(
+    start: Path, tokenizer: Any, words: DomainSpec, new_job: NewJob
+) -> None:
+    words = words.model_copy(update={"max_new_tokens": 1})
+    config = stage([words], prompts_per_step=3, refill_rounds=3).grpo
+    with sampler_of(config, start, tokenizer, words, new_job("grpo")) as sampler:
+        sampler.tasks[0].train = rows = sampler.tasks[0].train[:10]
+        sampler.visits = [(0, row) for row in rows]
+        asked: list[str] = []
+        for attempt in range(4):  # 3 of the plan, 6 others, and then the tenth and repeats
+            requests = sampler.sample([0, 1, 2], attempt)
+            asked += [group[0].prompt_id for group in requests]
+        assert len(set(asked[:10])) == 10
+        for visit in range(3):
+            assert len(set(asked[visit::3])) == 4  # nor its own again
+
+
 def test_no_prompt_that_is_known_to_be_useless_takes_a_groups_place(
     start: Path, tokenizer: Any, words: DomainSpec, new_job: NewJob
 ) -> None:
