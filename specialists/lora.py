@@ -20,6 +20,9 @@ from specialists.config import LoraConfig
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 """V4's routed experts are parameters, not modules."""
 
+SAME = ("r", "lora_alpha", "target_modules", "target_parameters")
+"""What an adapter and the `lora` that trains it further have in common, in PEFT's words."""
+
 
 def load_start(start: Path, config: LoraConfig | None) -> tuple[Any, Path | None]:
     """What is trained, and the checkpoint that it adapts; None where it is the whole model."""
@@ -30,32 +33,33 @@ def load_with_adapter(start: Path, config: LoraConfig) -> tuple[Any, Path]:
     """The base at `start` with a fresh adapter, or with the one that `start` is; and the base.
 
     Raises:
-        CheckpointError: the adapter at `start` has another rank or other targets than `config`.
+        CheckpointError: the adapter at `start` has another rank, alpha or targets than `config`.
         ValueError: PEFT found no module that `config` names.
     """
     if is_adapter(start):
         base = find_base(start)
         model: Any = peft.PeftModel.from_pretrained(load_model(base), start, is_trainable=True)
         found = model.peft_config["default"]
-        if (found.r, found.target_parameters or []) != (config.rank, _experts(config)):
-            raise CheckpointError(
-                f"{start} is an adapter of rank {found.r} with target_parameters "
-                f"{found.target_parameters}, and lora asks for rank {config.rank} with "
-                f"{_experts(config)}: give both stages the same lora"
-            )
+        wanted = _adapter(config)
+        for name in SAME:
+            if (getattr(found, name) or None) != (getattr(wanted, name) or None):
+                raise CheckpointError(
+                    f"{start} is an adapter with {name} {getattr(found, name)}, and lora asks for "
+                    f"{getattr(wanted, name)}: give both stages the same lora"
+                )
         return model, base
-    adapter = peft.LoraConfig(
+    return peft.get_peft_model(load_model(start), _adapter(config)), start
+
+
+def _adapter(config: LoraConfig) -> peft.LoraConfig:
+    """What PEFT is asked for."""
+    return peft.LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,
         target_modules=config.targets,
-        target_parameters=_experts(config),
+        target_parameters=EXPERTS if config.experts else [],
         task_type="CAUSAL_LM",
     )
-    return peft.get_peft_model(load_model(start), adapter), start
-
-
-def _experts(config: LoraConfig) -> list[str]:
-    return EXPERTS if config.experts else []
 
 
 def engine_for(model: Any, *, num_slots: int, seed: int) -> Engine:

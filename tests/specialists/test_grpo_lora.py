@@ -79,6 +79,17 @@ def test_the_engine_samples_with_the_adapter_and_leaves_no_trace(
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
+def test_an_adapter_is_trained_further_by_the_same_lora_alone(start: Path, tmp_path: Path) -> None:
+    path = tmp_path / "adapter"
+    load_with_adapter(start / "checkpoint", LoraConfig(rank=2))[0].save_pretrained(path)
+    model, base = load_with_adapter(path, LoraConfig(rank=2))
+    assert (model.peft_config["default"].r, base) == (2, start / "checkpoint")
+    for other in ({"alpha": 5}, {"targets": r".*self_attn\.q_a_proj"}, {"experts": True}):
+        lora = LoraConfig.model_validate({"rank": 2, **other})
+        with pytest.raises(CheckpointError, match="give both stages the same lora"):
+            load_with_adapter(path, lora)
+
+
 def test_a_run_that_is_given_up_leaves_the_base_as_it_was(start: Path) -> None:
     model = scrambled(load_with_adapter(start / "checkpoint", LoraConfig(rank=2))[0])
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -216,7 +227,7 @@ def test_the_adapter_of_sft_is_trained_further(
     assert record["kl"] == pytest.approx(0.0, abs=1e-9)  # to where it started from
     assert record["sampler_gap_max"] < 1e-5
     assert find_base(job.out / "checkpoint") == (start / "checkpoint").resolve()
-    with pytest.raises(CheckpointError, match="is an adapter of rank 2"):
+    with pytest.raises(CheckpointError, match="is an adapter with r 2"):
         grpo.work(stage(words, lora={"rank": 3}), new_job("other", {"start": tuned}))
 
 
