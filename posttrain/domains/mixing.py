@@ -31,11 +31,23 @@ def mixed(parts: Sequence[Iterator[Row]], weights: Sequence[float]) -> Iterator[
             yield replace(row, source=left[place])
 
 
-def check_parts(data: DataConfig, rows: Sequence[Row]) -> None:
-    """Raise DataError unless each part of a mixture is among the rows that are trained on."""
+def check_parts(data: DataConfig, rows: Sequence[Row], read: Sequence[Row]) -> None:
+    """Raise DataError unless each part of a mixture is among the rows that are trained on; `read`
+    are all rows, also those that say what an earlier one says."""
+    first: dict[str, int] = {}
+    for row in read:
+        first.setdefault(row.id, row.source)
     for number, part in enumerate(data.mixture or ()):
-        if all(row.source != number for row in rows):
-            raise DataError(
-                f"part {number} of the mixture, {part.source}, has no row to train on: give it "
-                "more, with responses where there is sft, or leave it out"
+        if any(row.source == number for row in rows):
+            continue
+        is_repeated = all(first[row.id] != number for row in read if row.source == number)
+        raise DataError(
+            f"part {number} of the mixture, {part.source}, "
+            + (
+                "repeats prompts of the other parts and has none of its own: leave it out, or "
+                "give it others"
+                if is_repeated
+                else "has no row to train on: give it more, with responses where there is sft, or "
+                "leave it out"
             )
+        )

@@ -249,7 +249,8 @@ def check_data(file: RecipeFile, name: str, domain: DomainConfig) -> Level | Non
         )
     if (domain.sft or domain.grpo) and is_whole(domain.data, rows):
         with naming(file, where):
-            check_parts(domain.data, [row for row in train if row.response or not domain.sft])
+            learned = [row for row in train if row.response or not domain.sft]
+            check_parts(domain.data, learned, rows)
     if domain.sft and domain.sft.max_length and has_response:
         check_sft_length(file, name, domain, [row for row in train if row.response])
     if domain.tools:

@@ -165,6 +165,17 @@ def test_each_part_of_a_mixture_gives_something_to_train_on(tmp_path: Path) -> N
     checked(path, parts, "domains.letters.sft=null")
 
 
+def test_a_part_that_repeats_another_is_told_so(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path)
+    data = (tmp_path / "rows.jsonl").read_text()
+    (tmp_path / "again.jsonl").write_text("".join(data.splitlines(keepends=True)[:50]))
+    parts = "domains.letters.data={mixture: [{jsonl: rows.jsonl}, {jsonl: again.jsonl}]}"
+    message = message_of(path, parts)
+    assert "part 1 of the mixture, jsonl again.jsonl, repeats prompts of the other" in message
+    (tmp_path / "again.jsonl").write_text(data + data.replace("say", "write"))
+    checked(path, parts)
+
+
 def test_a_prompt_must_leave_room_for_its_answer(tmp_path: Path) -> None:
     # the tiny preset reads 4096 byte tokens: BOS, user and assistant marks and </think> are four
     path = write_recipe(tmp_path)
