@@ -276,7 +276,11 @@ def connect(
 def formed_again(x_TNH: Tensor, write: Writer, y_TH: Tensor) -> Generator[None]:
     """Of what is called here, backward forms x = write(y) once more in place of keeping it: streams
     between attention and experts, N H numbers a token, of a long batch in host loops."""
-    if len(x_TNH) <= KEPT or not (torch.is_grad_enabled() and use_host_loops(x_TNH)):
+    is_wanted = len(x_TNH) > KEPT and torch.is_grad_enabled() and use_host_loops(x_TNH)
+    # another's hooks, of whoever computes whole layers again or keeps tensors elsewhere, would see
+    # nothing of these: no public call tells of them
+    inside: Any = vars(torch)["_C"]
+    if not is_wanted or inside._autograd._top_saved_tensors_default_hooks(True) is not None:
         yield
         return
     y_TH, place, shape = y_TH.detach(), x_TNH.data_ptr(), x_TNH.shape  # x itself is let go

@@ -19,7 +19,7 @@ from transformers.models.deepseek_v4 import DeepseekV4ForCausalLM
 
 from posttrain.backbone import V4Cache, V4ForCausalLM
 from posttrain.backbone.presets import CSA, HCA, SLIDING
-from posttrain.backbone.routing import ExpertChoices
+from posttrain.backbone.routing import ExpertChoices, RouteTape
 
 SEEDS = range(12)
 
@@ -157,10 +157,12 @@ def assert_alone(model: V4ForCausalLM, batch: Batch, seed: int, selections: Sele
         torch.testing.assert_close(a, b, atol=2e-5, rtol=0)
     singles = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     assert singles.keys() == gradients.keys()
-    # the first layer's gates act on equal streams before a norm: their gradients cancel
-    rounding = 1e-6 * max(float(gradient.abs().max()) for gradient in singles.values())
+    largest = max(float(gradient.abs().max()) for gradient in singles.values())
     for name, gradient in singles.items():
-        atol = 1e-4 * float(gradient.abs().max()) + rounding
+        # the first layer's gates act on equal streams before a norm, a single expert's weight is
+        # its share of itself: these gradients cancel
+        cancels = "attn_hc." in name or name.endswith("mlp.gate.weight")
+        atol = 1e-4 * float(gradient.abs().max()) + (1e-6 if cancels else 1e-9) * largest
         torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=atol, msg=name)
 
 
@@ -175,10 +177,17 @@ def test_a_cache_in_random_pieces_gives_what_a_forward_gives(
         torch.tensor([draw.randrange(3, VOCAB) for _ in range(draw.randint(2, 40))])
         for _ in range(draw.randint(1, 5))
     ]
-    full = [model(row[None]).logits[0] for row in rows]
+    found = [model(row[None], capture_routes=True) for row in rows]
+    full, routes = [x.logits[0] for x in found], [x.routes.expert_LTk for x in found]
     selections.replay()
     cache = V4Cache(model.config, len(rows), like=model.lm_head.weight)
     done = [0] * len(rows)
+
+    def told(chosen: list[int], sizes: list[int]) -> RouteTape:
+        """The experts that the rows' next tokens had in the full forward."""
+        parts = [routes[i][:, done[i] : done[i] + n] for i, n in zip(chosen, sizes, strict=True)]
+        return RouteTape(len(routes[0]), ExpertChoices(torch.cat(parts, dim=1)))
+
     while any(n < len(row) for n, row in zip(done, rows, strict=True)):
         live = [i for i, row in enumerate(rows) if done[i] < len(row)]
         if draw.random() < 0.5:  # a piece of some rows
@@ -187,7 +196,7 @@ def test_a_cache_in_random_pieces_gives_what_a_forward_gives(
             pieces = [
                 rows[i][done[i] : done[i] + n].tolist() for i, n in zip(chosen, sizes, strict=True)
             ]
-            hidden = model.model.extend(pieces, cache, chosen)
+            hidden = model.model.extend(pieces, cache, chosen, tape=told(chosen, sizes))
         else:  # one token of each row that has one left
             chosen, sizes = live, [1] * len(live)
             cache.reserve(max(done) + 1)
@@ -195,7 +204,8 @@ def test_a_cache_in_random_pieces_gives_what_a_forward_gives(
                 [int(row[min(n, len(row) - 1)]) for n, row in zip(done, rows, strict=True)]
             )
             is_live = torch.tensor([int(i in live) for i in range(len(rows))])
-            hidden = model.model.decode(token, cache, is_live)[torch.tensor(live)]
+            tape = told(chosen, sizes)
+            hidden = model.model.decode(token, cache, is_live, tape=tape)[torch.tensor(live)]
         for i, n, last in zip(chosen, sizes, hidden, strict=True):
             done[i] += n
             wanted = full[i][done[i] - 1]
@@ -209,11 +219,15 @@ def test_one_document_equals_stock_with_the_same_weights(seed: int) -> None:
     model = draw_model(draw).eval()
     stock = DeepseekV4ForCausalLM(model.config).eval()
     stock.load_state_dict(model.state_dict())
-    ids = torch.tensor([[draw.randrange(3, VOCAB) for _ in range(draw.randint(5, 40))]])
-    output = model(ids, capture_routes=True)
-    assert output.routes is not None
-    if output.routes.is_close_T is not None and bool(output.routes.is_close_T.any()):
-        pytest.skip(f"seed {seed}: the router's scores are too close to compare")
+    for _ in range(3):  # stock's routes cannot be told: of three drafts one leaves no doubt
+        ids = torch.tensor([[draw.randrange(3, VOCAB) for _ in range(draw.randint(5, 40))]])
+        output = model(ids, capture_routes=True)
+        assert output.routes is not None
+        assert output.routes.is_close_T is not None
+        if not bool(output.routes.is_close_T.any()):
+            break
+    else:
+        raise AssertionError("the router's scores are too close to compare")
     torch.testing.assert_close(output.logits, stock(ids).logits, atol=2e-5, rtol=0)
 
 
@@ -246,3 +260,5 @@ def test_documents_are_alone_where_rounding_chooses(
         batch = draw_batch(draw)
     assert_alone(model, batch, seed, selections)
     assert selections.num_close > 5
+    indexer = [p.grad for n, p in model.named_parameters() if ".indexer." in n]
+    assert all(gradient is not None and gradient.any() for gradient in indexer)

@@ -12,23 +12,50 @@ import re
 
 LABEL = re.compile(r'^"?([\w.$-]+)"?:')
 TARGET = re.compile(r'label %"?([\w.$-]+)"?')
-SUM = re.compile(r"= phi (?:<\d+ x )?(?:float|double)\b")
-CHECK, ON_THE_WAY = "vector.memcheck", ("vector.ph", "vector.main", "vec.epilog", "vector.body")
+SUM = re.compile(r"= phi (?:<(?:vscale x )?\d+ x )?(?:float|double)\b")
+NAME = re.compile(r'%"?([\w.$-]+)"?')
+CHECK = re.compile(r"found\.conflict|conflict\.rdx|diff\.check")
+"""What LLVM calls the comparison of two arrays' addresses, and several together."""
+LOGIC = re.compile(r"(?:or|and|xor|select|freeze)\b.*\bi1\b")
+ON_THE_WAY = ("vector.ph", "vector.main", "vec.epilog", "vector.body")
 
 
 def sums_by_layout(text: str) -> list[str]:
-    """The blocks of a function's LLVM code that add floats up, and run or do not run by where the
-    arrays are."""
+    """The blocks of LLVM code that add floats up, and run or do not run by where arrays are."""
+    return sorted(name for part in re.split(r"(?m)^define ", text) for name in _of_function(part))
+
+
+def _of_function(text: str) -> set[str]:
     blocks, block = dict[str, list[str]](), list[str]()
     for line in text.splitlines():
         if label := LABEL.match(line):
             block = blocks.setdefault(label[1], [])
         block.append(line)
-    after = [name for name in blocks if name.startswith(CHECK)]
-    found = set[str]()
+    checks, after, found = _checks(text), list[str](), set[str]()
+    for line in text.splitlines():
+        branch = line.strip().startswith("br i1 ")
+        if branch and NAME.findall(line)[0] in checks:
+            after.append(line)
     while after:
-        for name in TARGET.findall("\n".join(blocks[after.pop()])):
+        for name in TARGET.findall(after.pop()):
             if name.startswith(ON_THE_WAY) and name not in found:
                 found.add(name)
-                after.append(name)
-    return sorted(name for name in found if SUM.search("\n".join(blocks[name])))
+                after.append("\n".join(blocks[name]))
+    return {name for name in found if SUM.search("\n".join(blocks[name]))}
+
+
+def _checks(text: str) -> set[str]:
+    """The names of comparisons of addresses, and of what is made of them: a check that is the same
+    for all turns of an outer loop is made before it and asked later."""
+    made = [line.strip().partition(" = ") for line in text.splitlines() if " = " in line]
+    pairs = [(NAME.findall(name), value) for name, _, value in made]
+    checks = {names[0] for names, _ in pairs if names and CHECK.search(names[0])}
+    while True:
+        more = {
+            names[0]
+            for names, value in pairs
+            if names and LOGIC.match(value) and not checks.isdisjoint(NAME.findall(value))
+        }
+        if more <= checks:
+            return checks
+        checks |= more

@@ -8,6 +8,7 @@ import pytest
 import torch
 from small_v4 import small_model
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from posttrain.backbone import hyper_connections
 from posttrain.backbone.host import connect as host
@@ -213,3 +214,22 @@ def test_streams_between_attention_and_experts_are_formed_again_to_the_same_bits
         gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
     assert len(gradients[0]) > 10
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_hooks_of_others_see_all_that_is_saved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that who computes whole layers again, or keeps tensors elsewhere, still can."""
+    model: Any = small_model(seed=3).train()
+    ids = torch.randint(3, 40, (2, 30), generator=torch.Generator().manual_seed(1))
+    counts: list[int] = []
+    for kept in (0, 1000):
+        monkeypatch.setattr(hyper_connections, "KEPT", kept)
+        seen: list[torch.Size] = []
+
+        def pack(x: Tensor, seen: list[torch.Size] = seen) -> Tensor:
+            seen.append(x.shape)
+            return x
+
+        with saved_tensors_hooks(pack, lambda x: x):
+            model(ids, labels=ids)
+        counts.append(len(seen))
+    assert counts[0] == counts[1]

@@ -118,13 +118,16 @@ def test_stock_reads_the_same_numbers_from_what_we_save(
             trained.get_parameter(f"model.layers.1.{name}").mul_(1.3)
     (tmp_path / "saved").mkdir()  # an empty folder is none in the way
     official.save(trained, tmp_path / "saved", template=folder)
-    ours = official.load(tmp_path / "saved", dtype=torch.bfloat16)
+    assert_stock_reads_the_same(tmp_path / "saved")
+
+
+def assert_stock_reads_the_same(folder: Path) -> None:
+    ours = official.load(folder, dtype=torch.bfloat16)
     auto: Any = DeepseekV4ForCausalLM
-    stock, info = auto.from_pretrained(
-        tmp_path / "saved", dtype=torch.bfloat16, output_loading_info=True
-    )
+    stock, info = auto.from_pretrained(folder, dtype=torch.bfloat16, output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["mismatched_keys"]
+    assert all(name.startswith("mtp.") for name in info["unexpected_keys"])
     state = stock.state_dict()
     for name, tensor in ours.state_dict().items():
         assert torch.equal(state[name].float(), tensor.float()), name
@@ -165,6 +168,15 @@ def test_load_and_save_give_the_same_files(
     model = official.load(folder, dtype=dtype, with_mtp=with_mtp)
     official.save(model, tmp_path / "after", template=folder)
     assert hashes(tmp_path / "after") == hashes(folder)
+
+
+@pytest.mark.parametrize("is_base", [False, True])
+def test_a_reader_gives_each_tensor_that_loading_gives(tmp_path: Path, *, is_base: bool) -> None:
+    folder = Writer(is_base=is_base, seed=1).write(tmp_path / "before")
+    model: Any = official.load(folder, dtype=torch.bfloat16, with_mtp=True)
+    read = official.reader(folder, model.to("meta"))
+    wanted = official.load(folder, dtype=torch.bfloat16, with_mtp=True).state_dict()
+    assert all(torch.equal(read(name), tensor) for name, tensor in wanted.items())
 
 
 def test_packed_experts_save_as_they_came(written: tuple[Path, Writer], tmp_path: Path) -> None:
@@ -223,6 +235,7 @@ def test_a_training_step_changes_only_what_it_trained(
     down = "model.layers.1.mlp.experts.down_proj"
     assert torch.equal(again.get_parameter(down), fake_mxfp4(model.get_parameter(down).detach()))
     assert "tokenizer.json" in hashes(tmp_path / "after")
+    assert_stock_reads_the_same(tmp_path / "after")
 
 
 def test_a_model_from_nothing_saves_without_a_template(tmp_path: Path) -> None:
