@@ -72,10 +72,23 @@ def main() -> None:
     data: Json = {**machine("torch", "trl"), "device": arguments.device, "rows": []}
     if arguments.device == "cuda":
         data["cpu"] = torch.cuda.get_device_name()
+    numbers = arguments.page.with_suffix(".json")
+    if arguments.peers and numbers.exists():  # the others' rows stay
+        older: Json = json.loads(numbers.read_text("utf-8"))
+        if older["device"] == arguments.device:
+            data["rows"] = [{"date": older["date"], **row} for row in older["rows"]]
     for sizes in QUICK if arguments.quick else CASES[arguments.device]:
         for peer in peers:
-            data["rows"].append(run_worker(peer, sizes, arguments))
+            put(data["rows"], {"date": data["date"], **run_worker(peer, sizes, arguments)})
             write(arguments.page, data, page)
+
+
+def put(rows: list[Json], found: Json) -> None:
+    """In the place of the same peer's row, if there is one."""
+    names = [(row["peer"], row["sizes"]) for row in rows]
+    name = found["peer"], found["sizes"]
+    at = names.index(name) if name in names else len(rows)
+    rows[at : at + 1] = [found]
 
 
 def parse() -> argparse.Namespace:
@@ -285,8 +298,8 @@ def table(sizes: Sequence[int], rows: Sequence[Json], device: str) -> list[str]:
         f"## N = {num_rows:,}, H = {hidden:,}, V = {vocabulary:,}",
         "",
         "| | seconds | floor | share of the floor | ours is so many times as fast | peak MiB "
-        "| without gradients | ours takes so much of it | loss | load |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| ours takes so much of it | without gradients | so much of it | loss | day, load |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     own = rows[0] if rows[0]["peer"] == "ours" else None
     for row in rows:
@@ -297,10 +310,11 @@ def table(sizes: Sequence[int], rows: Sequence[Json], device: str) -> list[str]:
             f"{row['floor_seconds'] / row['seconds']:.2f}",
             f"{speed(row) / speed(own):.2f}" if own else "-",
             f"{row['peak_mib']:,.0f}",
-            f"{row['peak_mib'] - row['gradients_mib']:,.0f}",
             f"{own['peak_mib'] / row['peak_mib']:.2f}" if own else "-",
+            f"{apart(row):,.0f}",
+            f"{apart(own) / apart(row):.2f}" if own else "-",
             f"{row['loss']:.6g}",
-            f"{row['load']:g}",
+            f"{row['date']}, {row['load']:g}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     aims = (
@@ -310,6 +324,11 @@ def table(sizes: Sequence[int], rows: Sequence[Json], device: str) -> list[str]:
     if device == "cuda":
         aims = f"aimed at: {GPU_TARGET} times TRL and Liger"
     return [*lines, "", f"Times are compared over each process's own floor; {aims}."]
+
+
+def apart(row: Json) -> float:
+    """Peak memory without the gradients, which every peer has to give."""
+    return row["peak_mib"] - row["gradients_mib"]
 
 
 def speed(row: Json) -> float:
