@@ -88,7 +88,8 @@ def test_the_budget_is_what_mixed_learned_from_over_what_specialists_and_opd_did
     assert budget({"tokens": merged}) == []
 
 
-def test_the_backbones_table_is_what_its_benchmarks_measured() -> None:
-    page = ROOT / "docs" / "backbone.md"
-    table = script("benchmarks/backbone_table.py")
-    assert table.filled(page.read_text("utf-8"), page.parent) == page.read_text("utf-8")
+@pytest.mark.parametrize("name", ["backbone.md", "distillation.md"])
+def test_a_pages_table_is_what_benchmarks_measured(name: str) -> None:
+    page = ROOT / "docs" / name
+    found = script("benchmarks/tables.py").filled(page.read_text("utf-8"), page)
+    assert found == page.read_text("utf-8")
