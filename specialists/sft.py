@@ -5,6 +5,7 @@ microbatches or packed. Several domains give the SFT of the `mixed` baseline.
 """
 
 import hashlib
+import json
 import logging
 import math
 from collections.abc import Generator, Mapping, Sequence
@@ -19,6 +20,7 @@ from trl.trainer.sft_config import SFTConfig
 from posttrain.checkpoints import load_tokenizer
 from posttrain.domains import DomainSpec, Need, overlap
 from posttrain.errors import DataError
+from posttrain.files import write_atomic
 from posttrain.job import Job
 from posttrain.tasks import Task
 from specialists import training
@@ -38,6 +40,9 @@ from specialists.validation import BestWeights, TaskScore
 
 IGNORED = -100
 """The label of a token without loss."""
+
+TOO_LONG = "too_long.json"
+"""In the stage's folder: the rows that a length limit left out."""
 
 logger = logging.getLogger(__name__)
 
@@ -185,6 +190,7 @@ def learn(
     context = model.config.max_position_embeddings
     limit = min(config.max_length or context, context)
     kept = {name: fitting(name, rows, limit) for name, rows in sources.items()}
+    list_too_long(job.out / TOO_LONG, {**sources, "validation": list(validation)}, limit)
     num_rows = sum(map(len, kept.values()))
     counts = {"rows": num_rows, "rows_too_long": sum(map(len, sources.values())) - num_rows}
     data = in_order(list(kept.values()), config, seed=job.seed, weights=weights)
@@ -258,7 +264,7 @@ def token_rows(task: Task, rows: Sequence[Any], loss: Loss) -> list[TokenRow]:
 
 
 def fitting(name: str, rows: list[TokenRow], limit: int) -> list[TokenRow]:
-    """The rows of at most `limit` tokens; how many are longer is logged."""
+    """The rows of at most `limit` tokens; how many are longer is logged, and how long."""
     kept = [row for row in rows if len(row.tokens) <= limit]
     if not kept:
         shortest = min((len(row.tokens) for row in rows), default=0)
@@ -267,9 +273,23 @@ def fitting(name: str, rows: list[TokenRow], limit: int) -> list[TokenRow]:
             f"{shortest}: raise max_length up to the model's context, or shorten the rows"
         )
     if len(kept) < len(rows):
-        num_long = len(rows) - len(kept)
-        logger.warning("%d rows of %r are longer than %d tokens: left out", num_long, name, limit)
+        logger.warning(
+            "%d of the %d rows of %r are longer than %d tokens, up to %d: left out, listed in %s",
+            len(rows) - len(kept), len(rows), name, limit,
+            max(len(row.tokens) for row in rows), TOO_LONG,
+        )  # fmt: skip
     return kept
+
+
+def list_too_long(path: Path, sources: Mapping[str, Sequence[TokenRow]], limit: int) -> None:
+    """Write the ids (hashes of their prompts) and tokens of the rows that `fitting` leaves out."""
+    found = {
+        name: [{"id": row.id, "tokens": len(row.tokens)} for row in rows if len(row.tokens) > limit]
+        for name, rows in sources.items()
+    }
+    found = {name: rows for name, rows in found.items() if rows}
+    if found:
+        write_atomic(path, json.dumps(found, indent=2) + "\n")
 
 
 def in_order(

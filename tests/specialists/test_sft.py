@@ -12,7 +12,7 @@ import pytest
 import torch
 from stage_runs import check_killed, trained
 
-from posttrain.checkpoints import load_model
+from posttrain.checkpoints import load_model, load_tokenizer
 from posttrain.config import OptimizerConfig
 from posttrain.domains import DataConfig, DomainSpec
 from posttrain.errors import DataError
@@ -131,13 +131,20 @@ def test_fewer_demonstrations_are_a_part_of_more(
 
 
 def test_a_row_that_is_too_long_is_left_out_and_counted(
-    start: Path, words: DomainSpec, new_job: NewJob
+    start: Path, words: DomainSpec, new_job: NewJob, caplog: pytest.LogCaptureFixture
 ) -> None:
     job = new_job("sft", {"start": start})
-    sft.work(stage(words, num_steps=1, max_length=12), job)
+    given = stage(words, num_steps=1, max_length=12)
+    rows = sft.demonstrations(words, load_tokenizer(start / "checkpoint"), given.sft, job)
+    long = {row.id: len(row.tokens) for row in rows if len(row.tokens) > 12}
+    assert 0 < len(long) < len(rows)
+    sft.work(given, job)
     (counts, *_) = job.metrics.records()
-    assert counts["rows"] > 0
-    assert counts["rows_too_long"] > 0
+    assert (counts["rows"], counts["rows_too_long"]) == (len(rows) - len(long), len(long))
+    (listed,) = json.loads((job.out / "too_long.json").read_text()).values()
+    assert {row["id"]: row["tokens"] for row in listed} == long
+    assert f"{len(long)} of the {len(rows)} rows of 'words' are longer than 12" in caplog.text
+    assert f"up to {max(long.values())}: left out" in caplog.text
 
 
 def test_a_row_of_exactly_the_limit_is_learned() -> None:

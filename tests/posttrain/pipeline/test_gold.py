@@ -140,6 +140,27 @@ def test_rows_that_cannot_be_graded_are_told_even_without_gold(tmp_path: Path) -
     assert "1 answers could not be graded, such as: instructions: unknown" in facts.problems[0]
 
 
+@pytest.mark.parametrize("name", ["gsm8k", "humaneval", "ifeval"])
+def test_the_graders_of_real_data_tell_right_from_wrong_on_its_first_rows(
+    tmp_path: Path, name: str
+) -> None:
+    file = load_recipe(name)
+    data = next(iter(file.recipe.domains.values())).data
+    source = file.folder / str(data.jsonl)
+    if not source.exists():
+        pytest.skip(f"{data.jsonl} is not here")
+    first = tmp_path / "first.jsonl"
+    first.write_text("".join(source.read_text("utf-8").splitlines(keepends=True)[:20]), "utf-8")
+    (domain,) = file.recipe.domains
+    found = check_gold(load_recipe(name, [f"domains.{domain}.data.jsonl={first}"]))
+    (facts,) = found.facts
+    assert found.problems == []
+    assert facts.num_gold == facts.num_right == (0 if name == "ifeval" else 20)
+    assert facts.num_wrong >= 20
+    assert facts.num_fooled == 0
+    assert ("no gold, 0 of 20 wrong ones score 1" in found.text()) == (name == "ifeval")
+
+
 def test_what_a_constant_scores_is_told(tmp_path: Path) -> None:
     rows = [{"prompt": f"{n}?", "answer": "yes" if n < 15 else "no"} for n in range(20)]
     assert examined(tmp_path, "exact", rows).best_constant == 0.75
