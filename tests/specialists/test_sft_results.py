@@ -69,7 +69,7 @@ def test_an_adapter_is_the_result_where_the_recipe_asks_for_one(
     again = new_job("again", {"start": job.out})  # goes on with the same adapter
     sft.work(stage(words, lora=LORA.model_copy(update={"experts": True}), num_steps=1), again)
     assert find_base(again.out / "checkpoint") == (start / "checkpoint").resolve()
-    with pytest.raises(CheckpointError, match="is an adapter of rank 2"):
+    with pytest.raises(CheckpointError, match="is an adapter with r 2, and lora asks for 3"):
         sft.work(stage(words, lora=LoraConfig(rank=3)), new_job("other", {"start": job.out}))
 
 
