@@ -57,6 +57,9 @@ def main() -> None:
     parser.add_argument("--page", type=Path, default=Path("docs/grpo-speed.md"))
     parser.add_argument("--steps", type=int, help="steps of each; the recipe's by default")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument(
+        "--first", type=int, default=0, help="go on from this seed: the page has those before it"
+    )
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -68,10 +71,12 @@ def main() -> None:
         return
     numbers = arguments.page.with_suffix(".json")
     older: Json = json.loads(numbers.read_text("utf-8")) if numbers.exists() else {}
-    found: Json = {"date": machine()["date"], "load": machine()["load"], "rows": []}
+    before = older.get("domains", {}).get(arguments.domain, {}).get("rows", [])
+    kept = [row for row in before if row["seed"] < arguments.first]
+    found: Json = {"date": machine()["date"], "load": machine()["load"], "rows": kept}
     domains = {**older.get("domains", {}), arguments.domain: found}
     data: Json = {**machine("torch", "transformers", "trl"), "domains": domains}
-    for seed, peer in product(range(arguments.seeds), PEERS):
+    for seed, peer in product(range(arguments.first, arguments.seeds), PEERS):
         sys.stderr.write(f"seed {seed}, {peer} ...\n")
         with tempfile.TemporaryDirectory() as out:
             found["rows"].append(apart("--worker", peer, out, str(seed)))
