@@ -1,6 +1,6 @@
 """What packing saves: seconds of a step's microbatches, packed and padded, in turns.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.packing        writes docs/packing.md and its .json
+    python benchmarks/packing.py        writes docs/packing.md and its .json
 
 Rows are as long as a log-normal draw says (median 60, sigma 0.9); a step has 32 of them, eight at a
 time. V4 is the `tiny` preset, the other model a Llama of its size with transformers' sdpa.
@@ -14,11 +14,11 @@ from random import Random
 from statistics import median
 from typing import Any
 
+import measured
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from benchmarks import measured
 from posttrain.tokenizer import build_tokenizer
 from specialists.config import SftConfig
 from specialists.packing import packed
@@ -99,7 +99,7 @@ def page(data: measured.Json) -> str:
         "| model | padded | packed | padded / packed |\n|---|---|---|---|",
         *lines,
         f"\nV4 computes no padding either way.\n\n{measured.place(data['machine'])}.\n"
-        "`python -m benchmarks.packing` writes this page.\n",
+        "`benchmarks/packing.py` writes this page.\n",
     ])  # fmt: skip
 
 

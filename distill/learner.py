@@ -70,9 +70,9 @@ class Learner:
     ) -> None:
         """`make_optimizer(model)` is called once the model is where it is trained, its parameters
         in parts or not; `mesh` is this rank's, one rank by default. `shares` gives each domain its
-        share of the loss, in any unit; `head(teacher)` a teacher's head where the student is,
-        (V, Hi) or with a bias and a scale; `beta` and `top_k` belong to the divergences of those
-        names; `guard` decides which gradients are used."""
+        share of the loss, in any unit; `head(teacher)` reads a teacher's head to where the student
+        is, (V, Hi) or with a bias and a scale; `beta` and `top_k` belong to the divergences of
+        those names; `guard` decides which gradients are used."""
         self.mesh = mesh or Mesh()
         self.model = model
         self.student, self.optimizer = self.mesh.prepare(
@@ -81,7 +81,8 @@ class Learner:
         self.peak_rates = [group["lr"] for group in self.optimizer.param_groups]
         self.domains = list(shares)
         self.share_D = self._tensor(list(shares.values()))
-        self.head = head
+        self.read_head = head
+        self._heads: dict[str, Head] = {}
         self.denominator: Denominator = denominator
         self.kind: Kind = divergence
         self.options = {"beta": beta, "top_k": top_k}
@@ -205,6 +206,15 @@ class Learner:
             if len(group.teachers) > 1:
                 tally.add_teachers(batch, group, kl.per_teacher)
 
+    def _heads_of(self, teachers: Sequence[str]) -> list[Head]:
+        """Their heads, and no others in memory: rows come teacher by teacher, so that each is read
+        once a step."""
+        self._heads = {name: head for name, head in self._heads.items() if name in teachers}
+        for name in teachers:
+            if name not in self._heads:
+                self._heads[name] = as_head(self.read_head(name))
+        return [self._heads[name] for name in teachers]
+
     def _compare(
         self,
         hidden_NH: Tensor,
@@ -215,10 +225,7 @@ class Learner:
     ) -> tuple[ReverseKL, ReverseKL]:
         """Of a group's tokens what is minimised, and the reverse KL, whether or not that is it."""
         student = (hidden_NH[group.tokens], head_VH)
-        teachers = [
-            (teacher_NH, as_head(self.head(name)))
-            for name, teacher_NH in zip(group.teachers, group.hidden, strict=True)
-        ]
+        teachers = list(zip(group.hidden, self._heads_of(group.teachers), strict=True))
         options: Any = {
             "mixture": group.mixture_Nn,
             "row_weight": weight_N[group.tokens],

@@ -25,7 +25,7 @@ from distill.learner import Learner
 from distill.mesh import Mesh, leave, meet
 from distill.reverse_kl import Head
 from distill.teacher_models import Loader
-from distill.teachers import Recent, Teachers, read_head
+from distill.teachers import Teachers, read_head
 from posttrain.checkpoints import load_model
 from posttrain.errors import InsufficientResources, StageError
 from posttrain.job import Job, RoleHandle
@@ -74,9 +74,8 @@ class Rank:
     def join(self) -> None:
         """Meet the others, and load the student."""
         mesh = join(self._stage, self._rank, self._meeting)
-        capacity = self._stage.distill.num_resident_teachers
-        heads: Recent[Head] = Recent(self._read_head, capacity=capacity)
-        self._learner = make_learner(self._stage, load_model(self._start), heads, mesh)
+        model = load_model(self._start)
+        self._learner = make_learner(self._stage, model, self._read_head, mesh)
 
     def step(self, rows: Sequence[ScoredExample], rate: float, folders: Mapping[str, Path]) -> None:
         """This rank's part of one update; `folders` says where teachers lie."""

@@ -6,12 +6,12 @@ worker is a plain class; whether it lives in this process or another is the job'
 """
 
 import errno
-from collections import OrderedDict, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
-from typing import Generic, Literal, TypeVar
+from typing import Literal
 
 import numpy as np
 import torch
@@ -27,8 +27,6 @@ from distill.teacher_models import Loader
 from distill.teacher_rows import Reading, Row, cut, deal, from_wire, to_wire
 from distill.teacher_shards import meet
 from posttrain.job import Future, RoleHandle
-
-T = TypeVar("T")
 
 NO_ROW = Row([0], [0], "")
 """What a worker reads while others have a batch more."""
@@ -112,23 +110,6 @@ def deliver(row: Row, hidden_NH: torch.Tensor) -> np.ndarray | None:
     return to_wire(hidden_NH)
 
 
-class Recent(Generic[T]):
-    """Makes things by name and keeps the `capacity` used last."""
-
-    def __init__(self, make: Callable[[str], T], *, capacity: int) -> None:
-        self._make = make
-        self._capacity = capacity
-        self._kept: OrderedDict[str, T] = OrderedDict()
-
-    def __call__(self, name: str) -> T:
-        if name not in self._kept:
-            while len(self._kept) >= self._capacity:  # room first: never capacity + 1 in memory
-                self._kept.popitem(last=False)
-            self._kept[name] = self._make(name)
-        self._kept.move_to_end(name)
-        return self._kept[name]
-
-
 @dataclass(frozen=True, slots=True)
 class Teacher:
     """`Teacher("specialist/code", Path("runs/a/stages/grpo.code-1a/checkpoint"), "9f2c", 4096)`."""
@@ -144,7 +125,7 @@ class Teacher:
 
 
 class Teachers:
-    """The learner's side of the pool: asks it, waits for it, keeps the head used last.
+    """The learner's side of the pool: asks it, waits for it, reads heads.
 
     All questions come from one process: workers of a pool gather layers together, so that all of
     them must be asked the same in the same order.
@@ -169,8 +150,6 @@ class Teachers:
         self._loader = Loader(dtype=torch.float32, device="cpu")
         self._lock = Lock()
         """Over the store: rows are asked for on one thread while others are freed on another."""
-
-        self.head: Recent[Head] = Recent(self._read_head, capacity=1)
 
     def hire(self, names: Iterable[str]) -> None:
         """Examine those that are new. Raises what the examination does."""
@@ -262,7 +241,8 @@ class Teachers:
         assert found is not None, f"{name} answered without a row"
         return found
 
-    def _read_head(self, name: str) -> Head:
+    def head(self, name: str) -> Head:
+        """A teacher's head, read anew."""
         return read_head(self._loader, self._teachers[name].folder)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 from torch import Tensor
 from transformers.models.deepseek_v4 import DeepseekV4Config
 from transformers.models.deepseek_v4 import modeling_deepseek_v4 as stock
@@ -40,7 +38,7 @@ class V4DecoderLayer(stock.DeepseekV4DecoderLayer):
         collapsed, write = self.attn_hc(x_TNH)
         y_TH = self.self_attn(self.input_layernorm(collapsed), context)
         x_TNH = write(y_TH)
-        with nullcontext() if self.gradient_checkpointing else formed_again(x_TNH, write, y_TH):
+        with formed_again(x_TNH, write, y_TH):
             collapsed, write = self.ffn_hc(x_TNH)
         x_TNH = write(self.mlp(self.post_attention_layernorm(collapsed), token_id_T, context))
         return x_TNH if len(x_TNH) else touch(x_TNH, self.parameters())

@@ -1,39 +1,52 @@
 """What a learner holds at once: a teacher's head, a micro-batch's hidden states."""
 
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from test_learner import SHARES, TEACHERS, VOCAB, descent, examples, scored
 
-from distill.batch import ScoredExample
+from distill.balance import Totals
+from distill.batch import MicroBatch, ScoredExample
 from distill.hidden_store import HiddenRow, write_row
 from distill.learner import Learner
-from distill.teachers import Recent
+from distill.tally import Tally
 
 
-def learner(make_model: Callable[..., Any], head: Callable[[str], Any]) -> Learner:
+def learner(
+    make_model: Callable[..., Any], head: Callable[[str], Any], kind: type[Learner] = Learner
+) -> Learner:
     model = make_model(0, VOCAB)
-    return Learner(model, descent(0.0), shares=SHARES, head=head, rows_per_microbatch=1)
+    return kind(model, descent(0.0), shares=SHARES, head=head, rows_per_microbatch=1)
 
 
-def test_one_resident_head_is_loaded_once_a_step_for_each_teacher(
-    make_model: Callable[..., Any],
+@pytest.mark.parametrize(
+    ("teachers_of", "beside"), [(("a", "b", "c"), (0, 0, 0)), (("ab", "c", "bc"), (0, 1, 1))]
+)
+def test_the_heads_of_a_tokens_teachers_are_read_once_a_step_and_then_let_go(
+    make_model: Callable[..., Any], teachers_of: Sequence[str], beside: Sequence[int]
 ) -> None:
     teachers = {name: make_model(i, VOCAB) for i, name in enumerate("abc", start=1)}
-    rows = [replace(r, teachers={"abc"[i % 3]: 1.0}) for i, r in enumerate(examples() * 2)]
-    loaded: list[str] = []
+    mixtures = [dict.fromkeys(names, 1 / len(names)) for names in teachers_of]
+    rows = [replace(r, teachers=mixtures[i % 3]) for i, r in enumerate(examples() * 2)]
+    read: list[tuple[str, int]] = []
+    held: list[weakref.ref[torch.Tensor]] = []
 
     def load(name: str) -> torch.Tensor:
-        loaded.append(name)
-        return teachers[name].get_output_embeddings().weight
+        read.append((name, sum(ref() is not None for ref in held)))
+        head = teachers[name].get_output_embeddings().weight.detach().clone()
+        held.append(weakref.ref(head))
+        return head
 
-    ours = learner(make_model, Recent(load, capacity=1))
-    for step in (1, 2):  # ten micro-batches in each
+    ours = learner(make_model, load)
+    for _ in range(2):  # of ten micro-batches each
+        read.clear()
         ours.step(scored(rows, teachers))
-        assert loaded == ["a", "b", "c"] * step
+        assert read == list(zip("abc", beside, strict=True))
 
 
 def test_hidden_states_are_read_when_their_microbatch_comes(
@@ -47,8 +60,12 @@ def test_hidden_states_are_read_when_their_microbatch_comes(
             events.append("read")
             return super().read()
 
+    class Watched(Learner):
+        def _learn(self, batch: MicroBatch, totals: Totals, tally: Tally) -> None:
+            events.append("learn")
+            super()._learn(batch, totals, tally)
+
     def head(name: str) -> torch.Tensor:
-        events.append("learn")
         return teachers[name].get_output_embeddings().weight
 
     rows: list[ScoredExample] = []
@@ -56,5 +73,5 @@ def test_hidden_states_are_read_when_their_microbatch_comes(
         (name,) = row.example.teachers
         write_row(tmp_path / str(number), row.hidden(name))
         rows.append(ScoredExample(row.example, {name: Noted(str(tmp_path / str(number)))}))
-    learner(make_model, head).step(rows)
+    learner(make_model, head, Watched).step(rows)
     assert events == ["read", "learn"] * len(rows)

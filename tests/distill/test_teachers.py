@@ -20,7 +20,7 @@ from distill.teacher_files import Place
 from distill.teacher_memory import Residents
 from distill.teacher_models import Loader
 from distill.teacher_rows import Reading, Row, cut, from_wire, to_wire
-from distill.teachers import Recent, Teacher, TeacherPool, Teachers
+from distill.teachers import Teacher, TeacherPool, Teachers
 from posttrain.backbone import V4ForCausalLM
 from posttrain.checkpoints import load_model, save_checkpoint
 from posttrain.errors import CheckpointError
@@ -252,19 +252,6 @@ def test_an_array_that_may_not_be_written_is_read_all_the_same() -> None:
     array = to_wire(torch.arange(4.0))
     array.flags.writeable = False  # what a Ray worker gets
     assert torch.equal(from_wire(array), torch.arange(4.0))
-
-
-def test_the_least_recently_used_makes_room() -> None:
-    made: list[str] = []
-
-    def make(name: str) -> str:
-        made.append(name)
-        return name.upper()
-
-    kept = Recent(make, capacity=2)
-    assert [kept(name) for name in "abacab"] == list("ABACAB")
-    # c evicts b, since a was used later; b evicts c
-    assert made == ["a", "b", "c", "b"]
 
 
 def test_teachers_leave_memory_by_number_and_by_bytes(folders: dict[str, Path]) -> None:
