@@ -18,6 +18,8 @@ from statistics import fmean, median
 
 from measured import Json, machine, place, write
 
+POSTTRAIN = (sys.executable, "-m", "posttrain")
+
 SCHEDULES: dict[str, list[str]] = {
     "synchronous, one process": [],
     "synchronous, sampler in a process of its own": ["num_rollout_workers=1"],
@@ -47,8 +49,15 @@ def main() -> None:
 def measure(run: Path, settings: list[str]) -> Json:
     """A row of the table."""
     options = [part for setting in settings for part in ("--set", f"distill.{setting}")]
-    command = [sys.executable, "-m", "posttrain", "run", str(run / "recipe.yaml"), "--plain"]
-    subprocess.run([*command, "--dir", str(run), *options], stdout=subprocess.DEVNULL, check=True)
+    recipe = [str(run / "recipe.yaml"), "--dir", str(run), *options]
+    plan = subprocess.run(
+        [*POSTTRAIN, "plan", *recipe, "--json"], stdout=subprocess.PIPE, check=True
+    )
+    states = {stage["name"]: stage["state"] for stage in json.loads(plan.stdout)["stages"]}
+    if states["base"] != "done":
+        sys.exit("RUN was made by other code, so that all of it would be made again: run it anew")
+    command = [*POSTTRAIN, "run", *recipe, "--plain"]
+    subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
     (log,) = (run / "stages").glob("opd-*/metrics.jsonl")
     steps = [json.loads(line) for line in log.read_text("utf-8").splitlines()]
     report = json.loads((run / "report.json").read_text("utf-8"))
