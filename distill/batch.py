@@ -67,12 +67,12 @@ def example_from_rollout(
     *,
     teachers: Mapping[str, float],
     is_warmup: bool = False,
-    num_learned: int | None = None,
+    learned: slice | None = None,
 ) -> Example | None:
-    """Of the first `num_learned` tokens of the response, or all. None where they hold no own token:
-    nothing can be learned from it."""
-    start, is_own = len(rollout.prompt) - 1, rollout.is_own[:num_learned]
-    positions = [start + t for t, own in enumerate(is_own) if own]
+    """Of the `learned` tokens of the response, or all. None where they hold no own token: nothing
+    can be learned from it."""
+    start, places = len(rollout.prompt) - 1, range(len(rollout.response))
+    positions = [start + t for t in places[learned or slice(None)] if rollout.is_own[t]]
     if not positions:
         return None
     token_ids = [*rollout.prompt, *rollout.response]

@@ -5,7 +5,7 @@ make    requests ──> rollouts ──> the teachers' last hidden states
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -18,6 +18,7 @@ from distill.rollouts import Batch, read_along, requests_of
 from distill.roster import Rosters
 from distill.samplers import make_sampler
 from distill.schedule import EvenDeal, Schedule
+from distill.staleness import fresh_from
 from distill.teacher_samples import TeacherSamples
 from distill.teachers import Teachers
 from posttrain.errors import CheckpointError, DataError, InsufficientResources
@@ -73,18 +74,16 @@ class Batches:
         if (found := self._kept.find(step)) is not None:
             rollouts = [rollout for rollout in found if rollout.domain in now.teachers]
             return lambda: StepBatch(read(rollouts, rollouts), now, roster)
-        if version != max(step - self._config.max_staleness, 0):
-            raise CheckpointError(
-                f"the rollouts of step {step} are gone from {self._out}, and so are the weights "
-                "that sampled them: delete that folder to distil anew"
-            )
-        taught, requests = self._ask(step, now)
+        if version != max(step - self._config.num_steps_ahead, 0):
+            raise self._gone(step)
+        taught, fresh = self._ask(step, now)
         sample = self._sampler.at(version)
 
         def make() -> StepBatch:
+            requests = [*self._paused(step, now), *fresh]
             rollouts = chain(taught, sample(requests, self._kept.journal(step)))
             batch = read(rollouts, [*taught, *requests])
-            self._kept.put(step, batch.rollouts)
+            self._kept.put(step, [*batch.rollouts, *batch.paused])
             return StepBatch(batch, now, roster)
 
         return make
@@ -94,7 +93,37 @@ class Batches:
         visits = [visit for visit in self._schedule.visits(step) if visit.domain in now.teachers]
         taught = self._answers.find([v for v in visits if v.by_teacher], now.teachers)
         own = [visit for visit in visits if not visit.by_teacher]
-        return taught, requests_of(own, self._tasks, self._config.temperature)
+        asked = requests_of(own, self._tasks, self._config.temperature)
+        return taught, [replace(request, pause_at=self._part(step)) for request in asked]
+
+    def _paused(self, step: int, now: OpdStage) -> list[Request]:
+        """What goes on of the step before."""
+        if self._config.partial_rollout_tokens is None or step == 0:
+            return []
+        before = self._kept.find(step - 1)
+        if before is None:
+            raise self._gone(step - 1)
+        temperature, part = self._config.temperature, self._part(step)
+        return [
+            replace(
+                self._tasks[rollout.domain].request_of(rollout, temperature=temperature),
+                begun=rollout,
+                pause_at=part and len(rollout.response) + part,
+            )
+            for rollout in before
+            if rollout.finish_reason == "paused" and rollout.domain in now.teachers
+        ]
+
+    def _part(self, step: int) -> int:
+        """Tokens of a rollout in a step; 0: all."""
+        is_last = step + 1 == self._config.num_steps
+        return 0 if is_last else self._config.partial_rollout_tokens or 0
+
+    def _gone(self, step: int) -> CheckpointError:
+        return CheckpointError(
+            f"the rollouts of step {step} are gone from {self._out}, and so are the weights "
+            "that sampled them: delete that folder to distil anew"
+        )
 
     def _read(
         self,
@@ -110,7 +139,7 @@ class Batches:
             self._teachers,
             step=step,
             is_warmup=step < self._config.teacher_samples.warmup_steps,
-            until=until_of(self._config),
+            learned=partial(learned_tokens, step=step, config=self._config),
         )
 
 
@@ -119,10 +148,16 @@ def until_of(config: DistillConfig) -> Until:
     return partial(learned_until, **config.endings.model_dump())
 
 
+def learned_tokens(rollout: Rollout, *, step: int, config: DistillConfig) -> slice:
+    """Those that are not too old in this step, nor left out for how the rollout ends."""
+    oldest = step - config.max_staleness
+    return slice(fresh_from(rollout, oldest), until_of(config)(rollout))
+
+
 def check_threads(config: DistillConfig, job: Job) -> None:
     """Raise InsufficientResources where teachers would be loaded beside the learner in one process:
     transformers sets torch's default dtype meanwhile, which threads share."""
-    if config.max_staleness and config.teacher_dtype != "float32" and job.place is None:
+    if config.num_steps_ahead and config.teacher_dtype != "float32" and job.place is None:
         raise InsufficientResources(
             f"distill.max_staleness is {config.max_staleness} and teacher_dtype is "
             f"{config.teacher_dtype}, which needs teachers in a process of their own: raise "
@@ -151,7 +186,7 @@ def make_schedule(
         deal = EvenDeal(domains, config.prompts_per_step)
     else:
         bounds = how.model_dump(exclude={"by"})
-        lag = config.max_staleness
+        lag = config.num_steps_ahead
         deal = GapDeal(domains, config.prompts_per_step, history, lag=lag, **bounds)
     taught = config.teacher_samples
     return Schedule(num_rows, deal, seed, num_answers, taught.share, taught.warmup_steps)

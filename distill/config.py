@@ -179,8 +179,14 @@ class DistillConfig(Config):
     max_staleness: int = Field(default=0, ge=0)
     """Versions by which the weights that sample a step may be older than those that learn it. 0:
     the student samples, then learns. 1: step s + 1 is sampled and scored while step s is learned,
-    by the weights from before it; each more lets sampling run one step further ahead. The KL is
+    by the weights from before it; each more lets sampling run one step further ahead, or, with
+    partial_rollout_tokens, a rollout go on for one step more. Older tokens are masked. The KL is
     always that of the current weights. The same bits however long anything takes."""
+    partial_rollout_tokens: int | None = Field(default=None, ge=1)
+    """Tokens that a rollout gets under one version of the weights; one that has not ended pauses
+    and goes on under the next version's beside the next step's prompts, and is learned in the step
+    in which it ends, so that no step waits for the longest. Those of the last step do not pause.
+    Null: each rollout is sampled whole."""
     rollout_timeout_s: float = Field(default=600.0, gt=0)
     """Seconds to wait for the next few rollouts of a worker, or for it to take up new weights."""
     num_resident_teachers: int = Field(default=8, ge=1)
@@ -208,6 +214,14 @@ class DistillConfig(Config):
     """At most so many held-out prompts of each domain in such a score, the first of its split."""
     evaluate_samples: int = Field(default=1, ge=1)
     """Samples of each of these prompts, at temperature 1 and with the same seeds every time."""
+
+    @property
+    def num_steps_ahead(self) -> int:
+        """Versions between the weights that sample a step and those that learn it. Partial rollouts
+        make steps alike in length: one step ahead then keeps everybody busy, and the rest of
+        max_staleness is for rollouts that go on."""
+        is_whole = self.partial_rollout_tokens is None
+        return self.max_staleness if is_whole else min(self.max_staleness, 1)
 
     @model_validator(mode="after")
     def the_kl_to_the_base_joins_a_kl(self) -> Self:

@@ -26,11 +26,6 @@ def loop_start(response: Sequence[int], window: int) -> int | None:
     return None
 
 
-def whole(rollout: Rollout) -> int:
-    """An `Until`: all of it."""
-    return len(rollout.response)
-
-
 def learned_until(
     rollout: Rollout,
     *,
@@ -43,7 +38,7 @@ def learned_until(
         return 0
     start = None if looped == "keep" else loop_start(rollout.response, loop_window)
     if start is None:
-        return whole(rollout)
+        return len(rollout.response)
     return 0 if looped == "drop" else start
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from distill.asynchronous import Pipeline
-from distill.batches import Batches, until_of
+from distill.batches import Batches, learned_tokens, until_of
 from distill.config import DistillConfig, OpdStage
 from distill.flatness import describe_flatness, is_stopped
 from distill.hiring import HASHES, open_pool
@@ -57,7 +57,7 @@ def work(stage: OpdStage, job: Job) -> None:
     job.metrics.rewind(first or -1)
     rosters.at(first)  # teachers that cannot teach are told before any work
     history = [record for record in job.metrics.records() if record["step"] > 0]
-    end, depth = config.num_steps, config.max_staleness
+    end, depth = config.num_steps, config.num_steps_ahead
     with ExitStack() as stack:
         tasks = stack.enter_context(open_tasks(stage, tokenizer, job))
         batches = Batches(stage, job, model, tasks, teachers, rosters, kept, history)
@@ -82,7 +82,8 @@ def work(stage: OpdStage, job: Job) -> None:
             checkpoint.heed_guard()
             tokens_seen += sum(len(row.example.positions) for row in rows)
             numbers = {name: float(value) for name, value in learned.items()}
-            numbers |= tell(made.batch.rollouts, version=step, num_rows=len(rows))
+            learned_of = partial(learned_tokens, step=step, config=config)
+            numbers |= tell(made.batch, version=step, num_rows=len(rows), learned=learned_of)
             numbers |= {"tokens_seen": tokens_seen, "roster": made.roster}
             history.append(numbers)
             numbers |= flat(history)
@@ -94,7 +95,7 @@ def work(stage: OpdStage, job: Job) -> None:
             if (step + 1) % config.checkpoint_every == 0:
                 pipeline.wait()
                 if checkpoint.save(step + 1):
-                    kept.drop_before(step + 1)
+                    kept.drop_before(step)  # what has paused goes on from here
     teachers.close()
     learner.close()
     save_checkpoint(model, tokenizer, job.out / "checkpoint")

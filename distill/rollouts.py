@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 
 from distill.batch import Example, ScoredExample, example_from_rollout
-from distill.endings import Until, describe_endings, whole
+from distill.endings import Until, describe_endings
 from distill.schedule import Visit
+from distill.staleness import Learned, describe_staleness, whole
 from distill.teachers import Teachers
 from posttrain.rollout.types import Request, Rollout
 from posttrain.tasks import Task
@@ -24,6 +25,9 @@ class Batch:
     rollouts: list[Rollout]
     answers: Sequence[Callable[[], list[ScoredExample]]]
     """One for each teacher or mixture of them."""
+
+    paused: Sequence[Rollout] = ()
+    """Those that go on beside the next step's."""
 
     def rows(self) -> list[ScoredExample]:
         """Those rollouts that hold an own token as their teachers see them; waits for them."""
@@ -50,28 +54,33 @@ def read_along(
     *,
     step: int,
     is_warmup: bool = False,
-    until: Until = whole,
+    learned: Learned = whole,
 ) -> Batch:
     """Ask the teachers as the rollouts of the requests come in; `mixtures` gives each domain its
     weighted teachers. In a warm-up step rows are learned by the forward KL; of a rollout the tokens
-    `until(rollout)` are."""
+    `learned(rollout)` are."""
     names_of = {domain: " + ".join(sorted(mixture)) for domain, mixture in mixtures.items()}
     left = Counter(names_of[request.domain] for request in requests)
     found: dict[str, list[Rollout]] = defaultdict(list)
     answers: dict[str, Callable[[], list[ScoredExample]]] = {}
+    paused: list[Rollout] = []
     for rollout in rollouts:
         names = names_of[rollout.domain]
-        found[names].append(replace(rollout, teacher=names))
+        if rollout.finish_reason == "paused":
+            paused.append(rollout)
+        else:
+            found[names].append(replace(rollout, teacher=names))
         left[names] -= 1
-        if left[names] == 0:
+        if left[names] == 0 and names in found:
             found[names].sort(key=lambda r: (r.domain, r.prompt_id, r.sample, r.sampled_by))
             coming = [mixtures[domain] for domain in sorted(mixtures) if left[names_of[domain]] > 0]
             then = min(coming[0]) if coming else None
-            examples = examples_of(found[names], mixtures, is_warmup=is_warmup, until=until)
+            examples = examples_of(found[names], mixtures, is_warmup=is_warmup, learned=learned)
             answers[names] = teachers.ask(examples, step=step, then=then)
     return Batch(
         [rollout for names in sorted(found) for rollout in found[names]],
         [answers[names] for names in sorted(answers)],
+        sorted(paused, key=lambda r: (r.domain, r.prompt_id, r.sample)),
     )
 
 
@@ -80,38 +89,37 @@ def examples_of(
     mixtures: Mapping[str, Mapping[str, float]],
     *,
     is_warmup: bool,
-    until: Until,
+    learned: Learned,
 ) -> list[Example]:
     """What there is to learn; rollouts without an own token among those are left out."""
     examples = (
         example_from_rollout(
-            r, teachers=mixtures[r.domain], is_warmup=is_warmup, num_learned=until(r)
+            r, teachers=mixtures[r.domain], is_warmup=is_warmup, learned=learned(r)
         )
         for r in rollouts
     )
     return [example for example in examples if example is not None]
 
 
-def token_versions(rollout: Rollout) -> list[int]:
-    """The version that each token of the response was sampled under."""
-    return rollout.versions or [rollout.version] * len(rollout.response)
-
-
 def describe(
-    rollouts: Sequence[Rollout], *, version: int, num_rows: int, until: Until, loop_window: int
+    batch: Batch,
+    *,
+    version: int,
+    num_rows: int,
+    learned: Learned,
+    until: Until,
+    loop_window: int,
 ) -> dict[str, float]:
     """Of the student's own rollouts, but for `off_policy_prompts/<domain>`, which counts the
-    teachers'. `prompts/<domain>`: rollouts; `length/<domain>`: their mean own tokens;
-    `staleness`: versions from those that sampled to the learner's `version`, a rollout's mean,
-    `staleness_max` a token's largest; `skipped`: all rollouts but the `num_rows` that are learned
-    from; and how they end (endings.py)."""
-    numbers: dict[str, float] = {"skipped": len(rollouts) - num_rows}
+    teachers'. `prompts/<domain>`: rollouts; `length/<domain>`: their mean own tokens; `paused`:
+    those that go on beside the next step's; `skipped`: all rollouts but the `num_rows` that are
+    learned from; how old their tokens are (staleness.py), and how they end (endings.py)."""
+    rollouts = batch.rollouts
+    numbers: dict[str, float] = {"skipped": len(rollouts) - num_rows, "paused": len(batch.paused)}
     taught = Counter(rollout.domain for rollout in rollouts if rollout.sampled_by)
     numbers |= {f"off_policy_prompts/{domain}": count for domain, count in taught.items()}
     rollouts = [rollout for rollout in rollouts if not rollout.sampled_by]
-    numbers["staleness"] = sum(version - r.version for r in rollouts) / max(len(rollouts), 1)
-    oldest = [min(token_versions(r), default=version) for r in rollouts]
-    numbers["staleness_max"] = version - min(oldest, default=version)
+    numbers |= describe_staleness(rollouts, version=version, learned=learned)
     by_domain: dict[str, list[Rollout]] = defaultdict(list)
     for rollout in rollouts:
         by_domain[rollout.domain].append(rollout)

@@ -65,7 +65,7 @@ def make_sampler(config: DistillConfig, job: Job, model: Any, checkpoint: str) -
     """What a config asks for; workers live in the job's places, or beside the learner in its own
     process. `checkpoint` is one of the model's config."""
     options: dict[str, Any] = {"num_slots": config.num_slots, "seed": job.seed}
-    if not config.num_rollout_workers and not config.max_staleness:
+    if not config.num_rollout_workers and not config.num_steps_ahead:
         return Colocated(model, **options)
     path = "posttrain.rollout.worker:RolloutWorker"
     vllm = config.vllm_options if config.rollout_backend == "vllm" else None

@@ -194,6 +194,12 @@ class Task:
             for i in range(num_samples)
         ]
 
+    def request_of(self, rollout: Rollout, *, temperature: float) -> Request:
+        """What asked for a rollout."""
+        row = self._rows[rollout.prompt_id]
+        (request,) = self.requests([row], sample=rollout.sample, temperature=temperature)
+        return request
+
     def _prompt(self, row: Row) -> list[int]:
         return encode_prompt(
             self._tokenizer,

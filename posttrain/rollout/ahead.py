@@ -49,7 +49,7 @@ def go_ahead(
     draws, num = Draws(rows), len(rows)
     wants_routes = any(row.request.wants_routes for row in rows)
     token_n = torch.tensor([row.unread[0] for row in rows])
-    left_n = np.array([row.request.max_new_tokens - len(row.response) for row in rows])
+    left_n = np.array([row.room for row in rows])
     stop_nX = _stop_ids(rows)
     at_n = np.arange(num)
     token_NS = np.zeros((num, STEPS), np.int64)

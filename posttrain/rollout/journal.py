@@ -130,8 +130,8 @@ class Journal:
         if logged.digest != digest:
             raise JournalError(
                 f"{self.path} knows prompt {request.prompt_id!r}, sample {request.sample}, as "
-                "another request (prompt, length, temperature, top-p, top-k or stops differ): give "
-                "it a fresh sample number, or clear() the journal"
+                "another request (prompt, length, temperature, top-p, top-k, stops or what it goes "
+                "on from differ): give it a fresh sample number, or clear() the journal"
             )
         row.number = logged.number
         for event in logged.events:
@@ -214,6 +214,8 @@ def digest_of(request: Request) -> str:
         request.stop_strings,
         request.wants_support,
         request.continue_turn is None,
+        request.pause_at,
+        request.begun and request.begun.response,
     )
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=12).hexdigest()
 

@@ -55,7 +55,23 @@ class Row:
     @classmethod
     def of(cls, request: Request, *, seed: int, tokenizer: Any) -> Row:
         key = stream_key(seed, request.prompt_id, request.sample)
-        return cls(request, key, Stops(request.stop_strings, tokenizer), list(request.prompt))
+        row = cls(request, key, Stops(request.stop_strings, tokenizer), list(request.prompt))
+        if request.begun is not None:
+            row._go_on_from(request.begun)
+        return row
+
+    def _go_on_from(self, begun: Rollout) -> None:
+        if begun.finish_reason != "paused":
+            raise ValueError(
+                f"the rollout of {begun.prompt_id!r}, sample {begun.sample}, has ended by "
+                f"{begun.finish_reason!r}: only one that has paused goes on"
+            )
+        self.response, self.is_own = list(begun.response), list(begun.is_own)
+        self.logp, self.versions = list(begun.logp), list(begun.token_versions)
+        self.kept_logp, self.support = list(begun.kept_logp), list(begun.support)
+        others = [place for place, own in enumerate(self.is_own) if not own]
+        self.turn = others[-1] + 1 if others else 0
+        self.unread = self.tokens
 
     @property
     def is_done(self) -> bool:
@@ -65,6 +81,12 @@ class Row:
     @property
     def is_reading_prompt(self) -> bool:
         return bool(self.unread) and not self.response
+
+    @property
+    def room(self) -> int:
+        """Tokens until it is cut, or pauses."""
+        end = self.request.max_new_tokens
+        return min(end, self.request.pause_at or end) - len(self.response)
 
     @property
     def tokens(self) -> list[int]:
@@ -93,10 +115,15 @@ class Row:
         self.is_turn_over = bool(self.stop_string) or tokens[-1] in self.request.stop_token_ids
         if self.is_turn_over and self.request.continue_turn is None:
             self.finish_reason = "stop"
-        elif len(self.response) >= self.request.max_new_tokens and not self.is_turn_over:
-            self.finish_reason = "length"
+        elif not self.is_turn_over:
+            self._end_if_full()
         if self.finish_reason:
             self.unread, self.is_turn_over = [], False
+
+    def _end_if_full(self) -> None:
+        if self.room <= 0:
+            is_cut = len(self.response) >= self.request.max_new_tokens
+            self.finish_reason = "length" if is_cut else "paused"
 
     def hear(self, said: Said, version: int) -> None:
         """What is said to the turn; the row ends where that is nothing, or leaves no room for a
@@ -111,6 +138,9 @@ class Row:
             self.support += [[] for _ in said]
         self.unread += said
         self.turn, self.stop_string = len(self.response), ""
+        self._end_if_full()
+        if self.finish_reason:
+            self.unread = []
 
     def _extend(self, tokens: list[int], logp: list[float], version: int, *, is_own: bool) -> None:
         self.response += tokens

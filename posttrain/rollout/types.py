@@ -1,6 +1,8 @@
 """What goes into the sampling engine and what comes out. Imports no torch."""
 # ruff: noqa: A005  # always imported as posttrain.rollout.types; its folder is never on sys.path
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -21,6 +23,14 @@ class Request:
 
     max_new_tokens: int = 256
     """Bounds the whole response, the tools' tokens included."""
+
+    pause_at: int = 0
+    """The response pauses where it is so long, tools' tokens included, and has not ended; 0: it
+    does not."""
+
+    begun: Rollout | None = None
+    """A paused answer to go on from, which is read again by the weights of now. Its turn begins
+    behind the last token that is not its own."""
 
     temperature: float = 1.0
     """0 is greedy."""
@@ -74,7 +84,7 @@ class Rollout:
 
     sample: int = 0
     finish_reason: str = "stop"
-    """`stop`, or `length` where max_new_tokens cut the response."""
+    """`stop`, `length` where max_new_tokens cut the response, or `paused` at `pause_at`."""
 
     teacher: str = ""
     """Who reads along where rollouts are distilled, such as "specialist/code"; empty elsewhere."""
@@ -99,3 +109,8 @@ class Rollout:
     routes: Any = None
     """numpy int16 (prompt + response, layers, experts a token), the last row -1: it was never fed.
     Where `wants_routes`; captured under the version that each token was last fed by."""
+
+    @property
+    def token_versions(self) -> list[int]:
+        """The version that each token of the response was sampled under."""
+        return self.versions or [self.version] * len(self.response)

@@ -121,7 +121,7 @@ class VllmEngine(Engine):
         request, place = row.request, len(row.response)
         kinds = self._vllm.sampling_params.RequestOutputKind
         params = self._vllm.SamplingParams(
-            max_tokens=request.max_new_tokens - place,
+            max_tokens=row.room,
             temperature=request.temperature,
             seed=stream_key(row.key, str(place), 0) >> 1,
             stop_token_ids=list(request.stop_token_ids),

@@ -82,11 +82,11 @@ def test_what_each_ending_leaves_by_hand() -> None:
         options: Any = {"looped": for_looped, "truncated": for_cut, "loop_window": WINDOW}
         until = partial(learned_until, **options)
         assert tuple(until(r) for r in (looped, cut, ended)) == lengths
-    masked = example_from_rollout(looped, teachers={"t": 1.0}, num_learned=3)
+    masked = example_from_rollout(looped, teachers={"t": 1.0}, learned=slice(3))
     assert masked is not None
     # prompt 5 6, then own 7 and 8, a tool's 9: predicted at 1 and 2, nothing read after
     assert (masked.input_ids, masked.positions, masked.sampled) == ([5, 6, 7], [1, 2], [7, 8])
-    assert example_from_rollout(looped, teachers={"t": 1.0}, num_learned=0) is None
+    assert example_from_rollout(looped, teachers={"t": 1.0}, learned=slice(0)) is None
 
 
 def test_endings_are_counted_by_domain_by_hand() -> None:

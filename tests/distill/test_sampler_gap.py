@@ -9,7 +9,6 @@ from small_runs import opd_stage, work_until
 from distill.causal_lm import token_logp
 from distill.kept_rollouts import KeptRollouts
 from distill.opd import work
-from distill.rollouts import token_versions
 from posttrain.job import Job
 
 
@@ -52,7 +51,7 @@ def test_no_token_is_older_than_the_staleness_allows(
     for step in range(5):
         rollouts = kept.find(step)
         assert rollouts
-        ages = [step - version for r in rollouts for version in token_versions(r)]
+        ages = [step - version for r in rollouts for version in r.token_versions]
         assert set(ages) == {min(step, depth)}
     found = [record["staleness_max"] for record in job.metrics.records()]
     assert found == [min(step, depth) for step in range(4)]
