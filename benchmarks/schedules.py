@@ -26,6 +26,11 @@ SCHEDULES: dict[str, list[str]] = {
     "asynchronous, one process, max_staleness 1": ["max_staleness=1"],
     "asynchronous, two processes, max_staleness 1": ["max_staleness=1", "num_rollout_workers=1"],
     "asynchronous, two processes, max_staleness 2": ["max_staleness=2", "num_rollout_workers=1"],
+    "asynchronous, two processes, max_staleness 3, parts of 12 tokens": [
+        "max_staleness=3",
+        "num_rollout_workers=1",
+        "partial_rollout_tokens=12",
+    ],
 }
 
 

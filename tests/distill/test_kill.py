@@ -35,7 +35,11 @@ def go_on(stage: OpdStage, job: Job, kill: tuple[str, int] | None = None) -> int
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("schedule", [{}, {"max_staleness": 1}], ids=["in turn", "ahead"])
+@pytest.mark.parametrize(
+    "schedule",
+    [{}, {"max_staleness": 1}, {"max_staleness": 2, "partial_rollout_tokens": 2}],
+    ids=["in turn", "ahead", "in parts"],
+)
 def test_a_run_killed_in_every_phase_comes_to_the_same_bits(
     make_job: Callable[[str], Job],
     schedule: dict[str, Any],

@@ -117,9 +117,7 @@ def test_a_part_that_is_killed_goes_on_from_its_journal(model: Any, tmp_path: Pa
     going = [replace(r, begun=begun[r.prompt_id, r.sample], pause_at=20) for r in asked]
     wanted = run(model, going)
     journal = Journal(tmp_path / "journal")
-    rollouts = Engine(model, num_slots=2, seed=0, journal=journal).run(going)
-    next(rollouts)
-    rollouts.close()
+    next(Engine(model, num_slots=2, seed=0, journal=journal).run(going))
     journal.close()
     journal = Journal(tmp_path / "journal")
     assert_same(run(model, going, journal=journal), wanted)
