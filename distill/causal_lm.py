@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distill.reverse_kl import Head
 from posttrain.errors import CheckpointError
 
 SOFTCAP = "final_logit_softcapping"
@@ -44,18 +45,11 @@ def head_weight(model: Any, *, name: str) -> Tensor:
 
 
 @torch.no_grad()
-def token_logp(
-    hidden_NH: Tensor,
-    head_VH: Tensor,
-    token_N: Tensor,
-    *,
-    logsumexp_N: Tensor,
-    temperature: float,
-) -> Tensor:
-    """log softmax(hidden @ head.T / temperature) at one token of each row, (N,) in float64, where
-    the logsumexp is known already: H products a row in the place of the vocabulary's."""
-    logit_N = torch.linalg.vecdot(hidden_NH, head_VH[token_N])
-    return logit_N.double() / temperature - logsumexp_N
+def token_logits(hidden_NH: Tensor, head: Head, token_N: Tensor) -> Tensor:
+    """The logit of one token of each row, (N,): H products a row in the place of the
+    vocabulary's."""
+    logit_N = torch.linalg.vecdot(hidden_NH, head.weight[token_N])
+    return head.scale * (logit_N if head.bias is None else logit_N + head.bias[token_N])
 
 
 def logit_scale(config: Any, *, name: str) -> float:

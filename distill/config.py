@@ -116,6 +116,10 @@ class LearnersConfig(Config):
     state and gathers one layer at a time, and the first also a whole copy, which samples; `zero2`:
     each holds the whole student and a part of the optimizer's state; `zero3`: as fsdp2, and a
     whole gradient. The last two are DeepSpeed's, for AdamW."""
+    vocab_parallel: bool = False
+    """Each holds its rows of every teacher's head, with fsdp2 also of the student's and of its
+    gradient, and computes their part of the loss of all ranks' tokens. The same steps; for ddp and
+    fsdp2, and the reverse KL."""
     timeout_s: float = Field(default=600.0, gt=0)
     """Seconds that one may wait for the others."""
 
@@ -257,6 +261,22 @@ class DistillConfig(Config):
                 f"optimizer.name is {name}, but learners.strategy is {strategy}, whose flat parts "
                 "are no matrices: set optimizer.name to adamw, or learners.strategy to fsdp2"
             )
+        return self
+
+    @model_validator(mode="after")
+    def a_vocabulary_is_shared_out_for_the_reverse_kl(self) -> Self:
+        if not self.learners.vocab_parallel:
+            return self
+        for name, value, allowed in (
+            ("learners.strategy", self.learners.strategy, ("ddp", "fsdp2")),
+            ("divergence.kind", self.divergence.kind, ("reverse_kl",)),
+            ("teacher_samples.warmup_steps", self.teacher_samples.warmup_steps, (0,)),
+        ):
+            if value not in allowed:
+                raise ValueError(
+                    f"learners.vocab_parallel is true and {name} {value}: set the latter to "
+                    f"{' or '.join(map(str, allowed))}, or the former to false"
+                )
         return self
 
     @model_validator(mode="after")

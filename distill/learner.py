@@ -15,15 +15,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from distill.balance import Denominator, Totals, token_weights
 from distill.batch import Group, MicroBatch, ScoredExample, cut_rows, make_microbatch
-from distill.causal_lm import head_weight, hidden_states, token_logp
+from distill.causal_lm import head_weight, hidden_states, token_logits
 from distill.divergences import Kind, divergence
 from distill.guard import Guard
 from distill.mesh import Mesh
 from distill.reverse_kl import Head, ReverseKL, as_head, reverse_kl
 from distill.tally import Tally
+from distill.vocab_parallel import compare_over_ranks, logits_over_ranks
 from posttrain.backbone.auxiliary import scale_own_losses
 
 log = logging.getLogger(__name__)
@@ -38,11 +40,14 @@ class Student(nn.Module):
         self.model = model
 
     def forward(self, batch: MicroBatch, share: Tensor) -> tuple[Tensor, Tensor]:
-        """Hidden states that predict the loss tokens (N, H), and the head (V, H). `share` of the
-        step's tokens are in this batch, times the ranks over which gradients are averaged."""
+        """Hidden states that predict the loss tokens (N, H), and the head (V, H), or where it
+        stays in parts this rank's rows. `share` of the step's tokens are in this batch, times the
+        ranks over which gradients are averaged."""
         scale_own_losses(self.model, share)
         hidden_BSH = hidden_states(self.model, batch.input_ids_BS, batch.attention_mask_BS)
         head_VH = self.model.get_output_embeddings().weight
+        if isinstance(head_VH, DTensor):
+            head_VH = head_VH.to_local()
         # a view, so that DDP finds the head in the graph of this forward's outputs
         return hidden_BSH.flatten(0, 1)[batch.position_N], head_VH.view_as(head_VH)
 
@@ -75,8 +80,13 @@ class Learner:
         those names; `guard` decides which gradients are used."""
         self.mesh = mesh or Mesh()
         self.model = model
+        own_head = model.get_output_embeddings()
+        self.vocab_rows = self.mesh.own_rows(len(own_head.weight))
         self.student, self.optimizer = self.mesh.prepare(
-            Student(model), model._no_split_modules or (), lambda: make_optimizer(model)
+            Student(model),
+            model._no_split_modules or (),
+            lambda: make_optimizer(model),
+            head=own_head,
         )
         self.peak_rates = [group["lr"] for group in self.optimizer.param_groups]
         self.domains = list(shares)
@@ -171,28 +181,21 @@ class Learner:
         )
         share = batch.num_inputs / totals.num_inputs * self.mesh.size
         hidden_NH, head_VH = self.student(batch, share.float())
-        if not batch.groups:
-            self.mesh.backward((hidden_NH.sum() + head_VH.sum()) * 0.0)
-            return
         hidden_NH.retain_grad()
         try:
-            compared = [
-                self._compare(hidden_NH, head_VH, batch, group, weight_N) for group in batch.groups
-            ]
+            loss, compared = self._compare_all(hidden_NH, head_VH, batch, weight_N)
         except FloatingPointError as error:
             log.warning("a loss that is not finite: %s", error)
             # the other ranks wait for this one's backward; no number is left that could be used
             self.mesh.backward((hidden_NH.sum() + head_VH.sum()) * math.nan)
             return
-        logp_N = token_logp(  # before the backward, after which a sharded head is gone
-            hidden_NH,
-            head_VH,
-            batch.sampled_N,
-            logsumexp_N=torch.cat([kl.logsumexp for _, kl in compared]),
-            temperature=self.temperature,
-        )
-        self.mesh.backward(torch.stack([found.loss for found, _ in compared]).sum())
+        # before the backward, after which a sharded head is gone
+        logit_N = self._logits(hidden_NH, head_VH, batch.sampled_N)
+        self.mesh.backward(loss)
+        if not batch.groups:
+            return
         assert hidden_NH.grad is not None
+        logsumexp_N = torch.cat([kl.logsumexp for _, kl in compared])
         tally.add(
             batch,
             kl=torch.cat([kl.per_token for _, kl in compared]),
@@ -200,7 +203,7 @@ class Learner:
             entropy=torch.cat([kl.entropy for _, kl in compared]),
             weight=weight_N,
             squared_gradient=hidden_NH.grad.double().square().sum(dim=-1) / self.mesh.size**2,
-            logp=logp_N,
+            logp=logit_N.double() / self.temperature - logsumexp_N,
         )
         for group, (_, kl) in zip(batch.groups, compared, strict=True):
             if len(group.teachers) > 1:
@@ -212,8 +215,50 @@ class Learner:
         self._heads = {name: head for name, head in self._heads.items() if name in teachers}
         for name in teachers:
             if name not in self._heads:
-                self._heads[name] = as_head(self.read_head(name))
+                head = as_head(self.read_head(name))
+                if self.mesh.vocab_parallel:
+                    head = head.rows(self.vocab_rows)
+                self._heads[name] = head.to(self.mesh.device)
         return [self._heads[name] for name in teachers]
+
+    def _compare_all(
+        self, hidden_NH: Tensor, head_VH: Tensor, batch: MicroBatch, weight_N: Tensor
+    ) -> tuple[Tensor, list[tuple[ReverseKL, ReverseKL]]]:
+        """What the backward starts from, and by group what `_compare` gives."""
+        if not self.mesh.vocab_parallel:
+            compared = [
+                self._compare(hidden_NH, head_VH, batch, group, weight_N) for group in batch.groups
+            ]
+            if not compared:
+                return (hidden_NH.sum() + head_VH.sum()) * 0.0, []
+            return torch.stack([found.loss for found, _ in compared]).sum(), compared
+        loss, found = compare_over_ranks(
+            hidden_NH,
+            Head(self._own_rows(head_VH)),
+            batch,
+            weight_N,
+            heads_of=self._heads_of,
+            temperature=self.temperature,
+            mesh=self.mesh,
+        )
+        return loss, [(kl, kl) for kl in found]
+
+    def _own_rows(self, head_VH: Tensor) -> Tensor:
+        """This rank's rows of the head, and their gradient what `backward` makes of others'."""
+        if not self.mesh.is_sharded:
+            return head_VH[self.vocab_rows]
+        # it is summed over nothing, where others' are averaged over the ranks
+        rows_VH = head_VH.view_as(head_VH)
+        rows_VH.register_hook(lambda grad_VH: grad_VH / self.mesh.size)
+        return rows_VH
+
+    def _logits(self, hidden_NH: Tensor, head_VH: Tensor, token_N: Tensor) -> Tensor:
+        """Of one token of each row, (N,)."""
+        hidden_NH, head_VH = hidden_NH.detach(), head_VH.detach()
+        if not self.mesh.vocab_parallel:
+            return token_logits(hidden_NH, Head(head_VH), token_N)
+        head = Head(head_VH if self.mesh.is_sharded else head_VH[self.vocab_rows])
+        return logits_over_ranks(hidden_NH, head, token_N, self.vocab_rows)
 
     def _compare(
         self,

@@ -13,10 +13,10 @@ import os
 import socket
 import sys
 import uuid
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,12 +26,13 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from posttrain.sharded import load_whole, load_whole_optimizer, whole
+from posttrain.sharded import load_whole, load_whole_optimizer, shard_of, whole
 
 if TYPE_CHECKING:
     from distill.zero import ZeroOptimizer
 
 Strategy = Literal["ddp", "fsdp2", "zero2", "zero3"]
+K, V = TypeVar("K"), TypeVar("V")
 
 
 def own_device() -> torch.device:
@@ -98,8 +99,11 @@ def environment(**values: str) -> Generator[None]:
 class Mesh:
     """All ranks that learn together; on one rank a sum returns its argument."""
 
-    def __init__(self, strategy: Strategy = "ddp", *, num_ranks: int = 1) -> None:
-        """With several ranks they have met already."""
+    def __init__(
+        self, strategy: Strategy = "ddp", *, num_ranks: int = 1, vocab_parallel: bool = False
+    ) -> None:
+        """With several ranks they have met already; `vocab_parallel`: each has its rows of every
+        head."""
         assert num_ranks == 1 or dist.get_world_size() == num_ranks
         self.size = num_ranks
         self.device = own_device()
@@ -109,13 +113,20 @@ class Mesh:
         self.has_parts = self.strategy not in (None, "ddp")
         """Whether the student's or its optimizer's state is whole on no rank."""
         self._is_zero = self.strategy in ("zero2", "zero3")
+        self.vocab_parallel = vocab_parallel and num_ranks > 1
 
     def prepare(
-        self, student: nn.Module, units: Iterable[str], make_optimizer: Callable[[], Optimizer]
+        self,
+        student: nn.Module,
+        units: Iterable[str],
+        make_optimizer: Callable[[], Optimizer],
+        *,
+        head: nn.Module,
     ) -> tuple[nn.Module, "Optimizer | ZeroOptimizer"]:
         """The student on this rank's device, its gradients averaged over the ranks, and its
         optimizer, made once its parameters are what they stay; `units` names the classes of the
-        layers that are gathered one at a time."""
+        layers that are gathered one at a time, and `head` is the one that with `vocab_parallel` is
+        never gathered."""
         student = student.to(self.device)
         if self.strategy == "ddp":
             # parameters without a gradient (V4's indexer) would make a second step wait for ever
@@ -123,7 +134,7 @@ class Mesh:
         if self.strategy == "fsdp2":
             mesh, names = init_device_mesh(self.device.type, (self.size,)), set(units)
             for module in list(student.modules()):
-                if type(module).__name__ in names:
+                if type(module).__name__ in names or (module is head and self.vocab_parallel):
                     fully_shard(module, mesh=mesh)
             fully_shard(student, mesh=mesh)
         if self._is_zero:
@@ -169,11 +180,21 @@ class Mesh:
 
     def union(self, names: Iterable[str]) -> list[str]:
         """Those of all ranks, sorted."""
-        every: list[Any] = [list(names)]
+        return list(self.merged(dict.fromkeys(names)))
+
+    def merged(self, found: Mapping[K, V]) -> dict[K, V]:
+        """What all ranks have found, sorted; what several have is the same."""
+        every: list[Any] = [dict(found)]
         if self.size > 1:
             every = [None] * self.size
-            dist.all_gather_object(every, list(names))
-        return sorted({name for found in every for name in found})
+            dist.all_gather_object(every, dict(found))
+        return dict(sorted({key: x for own in every for key, x in own.items()}.items()))
+
+    def own_rows(self, num_rows: int) -> slice:
+        """This rank's rows of a head with so many, if it is one of several that share heads out."""
+        if not self.vocab_parallel:
+            return slice(0, num_rows)
+        return shard_of(num_rows, dist.get_rank(), self.size)
 
     @contextmanager
     def one_sum(self, optimizer: Any) -> Generator[None]:

@@ -108,7 +108,8 @@ def join(stage: OpdStage, rank: int, meeting: Path) -> Mesh:
     learners = stage.distill.learners
     num_ranks = learners.num_ranks
     meet(meeting, rank=rank, num_ranks=num_ranks, timeout_s=learners.timeout_s)
-    return Mesh(learners.strategy, num_ranks=num_ranks)
+    shared_out = learners.vocab_parallel
+    return Mesh(learners.strategy, num_ranks=num_ranks, vocab_parallel=shared_out)
 
 
 def check_readable(rows: Sequence[ScoredExample]) -> None:

@@ -43,6 +43,11 @@ class Head:
         bias = None if self.bias is None else self.bias.detach()
         return Head(self.weight.detach(), bias, self.scale)
 
+    def rows(self, rows: slice) -> "Head":
+        """Some rows of the vocabulary, in memory of their own."""
+        bias = None if self.bias is None else self.bias[rows].clone()
+        return Head(self.weight[rows].clone(), bias, self.scale)
+
     def to(self, device: torch.device) -> "Head":
         """The same numbers on the device."""
         bias = None if self.bias is None else self.bias.to(device)

@@ -27,10 +27,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from distill.causal_lm import logit_scale
 from distill.reverse_kl import Head
 from distill.teacher_files import TeacherFiles
-from distill.teacher_shards import shard, shard_of
+from distill.teacher_shards import shard
 from posttrain.backbone import official
 from posttrain.checkpoints import load_model
 from posttrain.errors import CheckpointError
+from posttrain.sharded import shard_of
 
 log = logging.getLogger(__name__)
 

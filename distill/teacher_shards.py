@@ -64,9 +64,3 @@ def _placed(rows: Tensor, wanted: Tensor) -> Tensor:
         shape=wanted.shape,
         stride=wanted.stride(),
     )
-
-
-def shard_of(num_rows: int, rank: int, num_ranks: int) -> slice:
-    """The rows that FSDP2 gives a rank: ceil(rows / ranks) each, the last ranks fewer or none."""
-    per_rank = -(-num_rows // num_ranks)
-    return slice(min(rank * per_rank, num_rows), min((rank + 1) * per_rank, num_rows))

@@ -247,5 +247,5 @@ class Teachers:
 
 
 def read_head(loader: Loader, folder: Path) -> Head:
-    """A teacher's head: an adapter's is its base's. On a CPU it stays mapped from its file."""
-    return loader.head(find_teacher(folder).base).to(own_device())
+    """A teacher's head, mapped from its file: an adapter's is its base's."""
+    return loader.head(find_teacher(folder).base)

@@ -49,3 +49,9 @@ def load_whole_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]
         for i, values in state["state"].items()
     }
     optimizer.load_state_dict({**state, "state": parts})
+
+
+def shard_of(num_rows: int, rank: int, num_ranks: int) -> slice:
+    """The rows that FSDP2 gives a rank: ceil(rows / ranks) each, the last ranks fewer or none."""
+    per_rank = -(-num_rows // num_ranks)
+    return slice(min(rank * per_rank, num_rows), min((rank + 1) * per_rank, num_rows))

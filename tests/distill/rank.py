@@ -1,4 +1,4 @@
-"""One learner rank of test_ranks.py: `python rank.py OUT RANK NUM_RANKS STRATEGY`."""
+"""One learner rank of test_ranks.py: `python rank.py OUT RANK NUM_RANKS STRATEGY [vocab]`."""
 
 import copy
 import sys
@@ -20,19 +20,19 @@ from posttrain.optim import build_optimizer
 # the first and the last are answers of teachers
 ROWS = [replace(row, by_teacher=i in (0, 4)) for i, row in enumerate(mixed("several teachers"))]
 # four rows for the first of two ranks, in two micro-batches, and one row for the other
-CUTS = {1: [ROWS], 2: [ROWS[:4], ROWS[4:]]}
-# all rows for one rank, none for the other
-LOPSIDED = {1: [ROWS], 2: [[], ROWS]}
+CUTS = {1: [ROWS], 2: [ROWS[:4], ROWS[4:]], 3: [ROWS[:1], ROWS[1:4], ROWS[4:]]}
+# all rows for one rank, none for the others
+LOPSIDED = {1: [ROWS], 2: [[], ROWS], 3: [[], ROWS, []]}
 
 
-def main(out: Path, rank: int, num_ranks: int, strategy: Strategy) -> None:
+def main(out: Path, rank: int, num_ranks: int, strategy: Strategy, *, vocab_parallel: bool) -> None:
     torch.set_num_threads(1)
     teachers = {name: tiny_model(i, VOCAB) for i, name in enumerate(TEACHERS.values(), start=1)}
     found: dict[str, Any] = {}
     for name, cuts in (("uneven", CUTS), ("lopsided", LOPSIDED)):
         if num_ranks > 1:  # each time anew, as the stages of a run do in one process
             meet(out / f"meeting-{name}", rank=rank, num_ranks=num_ranks, timeout_s=60)
-        mesh = Mesh(strategy, num_ranks=num_ranks)
+        mesh = Mesh(strategy, num_ranks=num_ranks, vocab_parallel=vocab_parallel)
         update = Update(tiny_model(0, VOCAB), teachers, cuts[num_ranks][rank], mesh=mesh)
         found[name] = {"metrics": update.metrics, "gradients": update.gradients}
     rows = scored(CUTS[num_ranks][rank], teachers)
@@ -106,4 +106,5 @@ def training(
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])  # pyright: ignore[reportArgumentType]  # the test's own
+    place, number, many, how, *more = sys.argv[1:]
+    main(Path(place), int(number), int(many), how, vocab_parallel=more == ["vocab"])  # pyright: ignore[reportArgumentType]  # the test's own

@@ -22,10 +22,10 @@ RANK = Path(__file__).with_name("rank.py")
 
 def learn(num_ranks: int, strategy: str, out: Path) -> dict[str, Any]:
     """What rank 0 of `num_ranks` processes found."""
-    out.mkdir()
+    out.mkdir(parents=True)
     ranks = [
         subprocess.Popen(
-            [sys.executable, RANK, out, str(rank), str(num_ranks), strategy],
+            [sys.executable, RANK, out, str(rank), str(num_ranks), *strategy.split("/")],
             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(RANK.parents[2])},
         )
         for rank in range(num_ranks)
@@ -39,8 +39,14 @@ def learn(num_ranks: int, strategy: str, out: Path) -> dict[str, Any]:
 
 
 STRATEGIES = get_args(Strategy)
+WAYS = (*STRATEGIES, "ddp/vocab", "fsdp2/vocab")
+"""A strategy, and whether ranks share out the vocabulary."""
 # Adam divides what rounding leaves of a gradient of nearly 0 by its size, to 3% of a step of 1e-3
 WEIGHTS_ATOL = {"adamw": 5e-5, "muon": 2e-5}
+
+
+def optimizers(way: str) -> tuple[str, ...]:
+    return next(found for name, found in OPTIMIZERS.items() if name == way.partition("/")[0])
 
 
 @pytest.fixture(scope="module")
@@ -57,11 +63,13 @@ def test_the_strategies_of_a_recipe_are_the_meshs() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_two_ranks_take_the_steps_of_one(
-    strategy: Strategy, found: Callable[[int, str], dict[str, Any]]
+@pytest.mark.parametrize(
+    ("num_ranks", "way"), [*((2, way) for way in WAYS), (3, "ddp/vocab"), (3, "fsdp2/vocab")]
+)
+def test_ranks_take_the_steps_of_one(
+    num_ranks: int, way: str, found: Callable[[int, str], dict[str, Any]]
 ) -> None:
-    one, two = found(1, "ddp"), found(2, strategy)
+    one, two = found(1, "ddp"), found(num_ranks, way)
     for rows in ("uneven", "lopsided"):  # four rows and one; none and five
         wanted, ours = one[rows]["metrics"], two[rows]["metrics"]
         assert ours.keys() == wanted.keys()
@@ -71,19 +79,19 @@ def test_two_ranks_take_the_steps_of_one(
         for name, gradient in one[rows]["gradients"].items():
             ours = two[rows]["gradients"][name]
             torch.testing.assert_close(ours, gradient, rtol=1e-4, atol=2e-6)
-    for optimizer in OPTIMIZERS[strategy]:
+    for optimizer in optimizers(way):
         for name, weight in one[optimizer]["before"]["model"].items():
             ours = two[optimizer]["before"]["model"][name]
             torch.testing.assert_close(ours, weight, rtol=1e-4, atol=WEIGHTS_ATOL[optimizer])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("way", WAYS)
 def test_a_step_that_one_rank_spoils_changes_nothing_on_any(
-    strategy: Strategy, found: Callable[[int, str], dict[str, Any]]
+    way: str, found: Callable[[int, str], dict[str, Any]]
 ) -> None:
-    for optimizer in OPTIMIZERS[strategy]:
-        training = found(2, strategy)[optimizer]
+    for optimizer in optimizers(way):
+        training = found(2, way)[optimizer]
         before, after = training["before"], training["skipped"]
         assert after["guard"]["num_skipped"] == 1
         assert_same_bits(after["model"], before["model"])
@@ -101,12 +109,12 @@ def test_parameters_that_nothing_reaches_are_refused_where_they_would_decay(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("way", WAYS)
 def test_ranks_go_on_from_a_saved_state_to_the_same_bits(
-    strategy: Strategy, found: Callable[[int, str], dict[str, Any]]
+    way: str, found: Callable[[int, str], dict[str, Any]]
 ) -> None:
-    for optimizer in OPTIMIZERS[strategy]:
-        training = found(2, strategy)[optimizer]
+    for optimizer in optimizers(way):
+        training = found(2, way)[optimizer]
         assert_same_bits(training["resumed"], training["straight"])
 
 
@@ -121,9 +129,9 @@ def assert_same_bits(found: Any, wanted: Any) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["fsdp2", "zero2", "zero3"])
+@pytest.mark.parametrize("strategy", ["fsdp2", "zero2", "zero3", "fsdp2/vocab"])
 def test_a_saved_state_is_the_one_of_a_student_in_one_piece(
-    strategy: Strategy, found: Callable[[int, str], dict[str, Any]]
+    strategy: str, found: Callable[[int, str], dict[str, Any]]
 ) -> None:
     wanted, ours = (found(*key)["adamw"]["before"] for key in ((1, "ddp"), (2, strategy)))
     assert ours["model"].keys() == wanted["model"].keys()

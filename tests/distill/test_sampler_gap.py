@@ -6,20 +6,22 @@ import pytest
 import torch
 from small_runs import opd_stage, work_until
 
-from distill.causal_lm import token_logp
+from distill.causal_lm import token_logits
 from distill.kept_rollouts import KeptRollouts
 from distill.opd import work
+from distill.reverse_kl import Head
 from posttrain.job import Job
 
 
-def test_a_tokens_logp_from_its_row_of_the_head_equals_the_whole_softmax() -> None:
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_a_tokens_logit_from_its_row_of_the_head_is_that_of_the_whole(has_bias: bool) -> None:
     generator = torch.Generator().manual_seed(2)
-    hidden, head = (torch.randn(*size, generator=generator) for size in ((11, 6), (29, 6)))
+    hidden, weight = (torch.randn(*size, generator=generator) for size in ((11, 6), (29, 6)))
+    bias = torch.randn(29, generator=generator) if has_bias else None
     token = torch.randint(29, (11,), generator=generator)
-    logits = hidden.double() @ head.double().T / 0.7
-    found = token_logp(hidden, head, token, logsumexp_N=logits.logsumexp(-1), temperature=0.7)
-    wanted = logits.log_softmax(-1)[range(11), token]
-    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+    wanted = 0.3 * torch.nn.functional.linear(hidden, weight, bias)[range(11), token]
+    found = token_logits(hidden, Head(weight, bias, 0.3), token)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)
 
 
 def test_the_gap_is_rounding_where_the_sampler_is_the_student_and_more_where_it_is_older(

@@ -13,8 +13,8 @@ from test_teachers_adapters import KINDS, write_adapter
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from distill.teacher_rows import Row, cut, deal
-from distill.teacher_shards import shard_of
 from posttrain.checkpoints import save_checkpoint
+from posttrain.sharded import shard_of
 from posttrain.tokenizer import build_tokenizer
 
 DTYPES = ("float32", "bfloat16")
