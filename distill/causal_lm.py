@@ -44,6 +44,15 @@ def head_weight(model: Any, *, name: str) -> Tensor:
     return head.weight
 
 
+def check_untied(model: Any) -> None:
+    """Raise CheckpointError where the head is the embedding too, which is gathered."""
+    if model.get_input_embeddings().weight is model.get_output_embeddings().weight:
+        raise CheckpointError(
+            "the student's head is its embedding too, which no rank can keep its rows of: set "
+            "distill.learners.vocab_parallel to false, or distill.learners.strategy to ddp"
+        )
+
+
 @torch.no_grad()
 def token_logits(hidden_NH: Tensor, head: Head, token_N: Tensor) -> Tensor:
     """The logit of one token of each row, (N,): H products a row in the place of the

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from distill.balance import Denominator, Totals, token_weights
 from distill.batch import Group, MicroBatch, ScoredExample, cut_rows, make_microbatch
-from distill.causal_lm import head_weight, hidden_states, token_logits
+from distill.causal_lm import check_untied, head_weight, hidden_states, token_logits
 from distill.divergences import Kind, divergence
 from distill.guard import Guard
 from distill.mesh import Mesh
@@ -81,6 +81,8 @@ class Learner:
         self.mesh = mesh or Mesh()
         self.model = model
         own_head = model.get_output_embeddings()
+        if self.mesh.vocab_parallel and self.mesh.is_sharded:
+            check_untied(model)
         self.vocab_rows = self.mesh.own_rows(len(own_head.weight))
         self.student, self.optimizer = self.mesh.prepare(
             Student(model),
@@ -258,7 +260,7 @@ class Learner:
         if not self.mesh.vocab_parallel:
             return token_logits(hidden_NH, Head(head_VH), token_N)
         head = Head(head_VH if self.mesh.is_sharded else head_VH[self.vocab_rows])
-        return logits_over_ranks(hidden_NH, head, token_N, self.vocab_rows)
+        return logits_over_ranks(hidden_NH, head, token_N, self.vocab_rows, self.mesh)
 
     def _compare(
         self,

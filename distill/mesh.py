@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from distill.zero import ZeroOptimizer
 
 Strategy = Literal["ddp", "fsdp2", "zero2", "zero3"]
-K, V = TypeVar("K"), TypeVar("V")
+K = TypeVar("K")
+V = TypeVar("V")
 
 
 def own_device() -> torch.device:
@@ -189,6 +190,13 @@ class Mesh:
             every = [None] * self.size
             dist.all_gather_object(every, dict(found))
         return dict(sorted({key: x for own in every for key, x in own.items()}.items()))
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        """All ranks, where they are several."""
+        group = dist.group.WORLD
+        assert group is not None
+        return group
 
     def own_rows(self, num_rows: int) -> slice:
         """This rank's rows of a head with so many, if it is one of several that share heads out."""

@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch import distributed as dist
 
 from distill.batch import Group, MicroBatch
 from distill.causal_lm import token_logits
@@ -37,7 +36,7 @@ def compare_over_ranks(
     losses: list[Tensor] = []
     for names, kind in mesh.merged(kinds).items():
         group = own.get(names) or empty_group(names, kind, hidden_MH.device)
-        tokens = Tokens(weight_M[group.tokens], dist.group.WORLD)
+        tokens = Tokens(weight_M[group.tokens], mesh.group)
         hidden = [tokens.gather(x) for x in group.hidden]
         kl = reverse_kl(
             tokens.gather(hidden_MH[group.tokens]),
@@ -46,7 +45,7 @@ def compare_over_ranks(
             mixture=tokens.gather(group.mixture_Nn),
             row_weight=tokens.gather(weight_M[group.tokens]),
             temperature=temperature,
-            group=dist.group.WORLD,
+            group=mesh.group,
         )
         losses.append(kl.loss)
         values = (kl.per_token, kl.entropy, kl.per_teacher, kl.logsumexp)
@@ -64,13 +63,15 @@ def empty_group(
 
 
 @torch.no_grad()
-def logits_over_ranks(hidden_MH: Tensor, head: Head, token_M: Tensor, rows: slice) -> Tensor:
+def logits_over_ranks(
+    hidden_MH: Tensor, head: Head, token_M: Tensor, rows: slice, mesh: Mesh
+) -> Tensor:
     """The logits of one token of each row, (M,): each is computed by the rank that has its row of
     the head; `rows` are this one's. All ranks call this."""
-    tokens = Tokens(token_M, dist.group.WORLD)
+    tokens = Tokens(token_M, mesh.group)
     token_N, hidden_NH = tokens.gather(token_M), tokens.gather(hidden_MH)
     is_own_N = (token_N >= rows.start) & (token_N < rows.stop)
     logit_N = hidden_NH.new_zeros(len(token_N))
     logit_N[is_own_N] = token_logits(hidden_NH[is_own_N], head, token_N[is_own_N] - rows.start)
-    all_reduce(logit_N, dist.group.WORLD)
+    all_reduce(logit_N, mesh.group)
     return tokens.scatter(logit_N)

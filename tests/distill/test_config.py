@@ -16,6 +16,9 @@ DOMAINS: list[dict[str, Any]] = [
 ]
 
 
+ADAMW = {"name": "adamw", "learning_rate": 1e-3}
+
+
 def stage(**fields: Any) -> OpdStage:
     given = {"domains": DOMAINS, "distill": {}, "teachers": {"a": "specialist/a", "b": "other"}}
     return OpdStage.model_validate({**given, **fields})
@@ -52,6 +55,22 @@ def test_a_warmup_ends_before_the_run_and_is_held_back_by_no_base() -> None:
         stage(distill={"kl_to_base": 0.1, "teacher_samples": {"warmup_steps": 2}})
     with pytest.raises(ValidationError, match="less than 1"):
         stage(distill={"teacher_samples": {"share": 1.0}})
+
+
+def test_a_vocabulary_is_shared_out_by_strategies_and_for_a_loss_that_can() -> None:
+    learners = {"num_ranks": 2, "vocab_parallel": True}
+    assert DistillConfig.model_validate({"learners": learners}).learners.vocab_parallel
+    refused: list[tuple[dict[str, Any], str]] = [
+        ({"learners": {**learners, "strategy": "zero2"}, "optimizer": ADAMW}, "zero2"),
+        ({"learners": learners, "divergence": {"kind": "jsd"}}, "divergence.kind jsd"),
+        (
+            {"learners": learners, "teacher_samples": {"warmup_steps": 2}},
+            "warmup_steps 2: set the latter to 0",
+        ),
+    ]
+    for distill, words in refused:
+        with pytest.raises(ValidationError, match=rf"vocab_parallel is true and .*{words}"):
+            stage(distill=distill)
 
 
 def test_vllm_samples_in_workers_alone_and_its_options_are_its_own() -> None:

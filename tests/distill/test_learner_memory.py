@@ -9,12 +9,16 @@ from typing import Any
 import pytest
 import torch
 from test_learner import SHARES, TEACHERS, VOCAB, descent, examples, scored
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from distill.balance import Totals
 from distill.batch import MicroBatch, ScoredExample
+from distill.causal_lm import check_untied
 from distill.hidden_store import HiddenRow, write_row
 from distill.learner import Learner
+from distill.reverse_kl import Head
 from distill.tally import Tally
+from posttrain.errors import CheckpointError
 
 
 def learner(
@@ -75,3 +79,27 @@ def test_hidden_states_are_read_when_their_microbatch_comes(
         rows.append(ScoredExample(row.example, {name: Noted(str(tmp_path / str(number)))}))
     learner(make_model, head, Watched).step(rows)
     assert events == ["read", "learn"] * len(rows)
+
+
+def test_rows_of_a_head_hold_no_memory_of_the_others() -> None:
+    head = Head(torch.randn(12, 4), torch.randn(12), scale=0.5)
+    rows = head.rows(slice(3, 8))
+    assert torch.equal(rows.weight, head.weight[3:8])
+    assert rows.bias is not None
+    assert head.bias is not None
+    assert torch.equal(rows.bias, head.bias[3:8])
+    assert rows.scale == 0.5
+    assert rows.weight.untyped_storage().nbytes() == 5 * 4 * 4
+    assert rows.bias.untyped_storage().nbytes() == 5 * 4
+
+
+def test_a_head_that_is_the_embedding_too_is_not_kept_in_parts() -> None:
+    sizes: dict[str, Any] = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2}
+    for tied in (False, True):
+        config = LlamaConfig(vocab_size=9, num_hidden_layers=1, tie_word_embeddings=tied, **sizes)
+        model = LlamaForCausalLM(config)
+        if not tied:
+            check_untied(model)
+            continue
+        with pytest.raises(CheckpointError, match="vocab_parallel to false"):
+            check_untied(model)
