@@ -1,5 +1,6 @@
 """Several tokens of every row at one go, where nobody reads, comes or is told of each token: what a
-row is asked for is looked up once, and what it got is put down once.
+row is asked for is looked up once, and what it got is put down once. A go ends as soon as somebody
+waits for its end.
 
 Legend: N rows, n those that have not ended, S steps, V vocabulary.
 """
@@ -16,7 +17,7 @@ from posttrain.rollout.draws import Draws
 from posttrain.rollout.row import Row
 
 STEPS = 8
-"""A free slot, a tool's answer and other weights wait so many tokens at most."""
+"""The most that a go takes of a row."""
 
 
 class Taken(NamedTuple):
@@ -38,6 +39,7 @@ def go_ahead(
     steps: Any,
     rows: Sequence[Row],
     write: Callable[[Sequence[int], Sequence[int], Sequence[float]], None] | None,
+    is_called: Callable[[Sequence[Row]], bool],
 ) -> list[Taken]:
     """Up to `STEPS` tokens of each row, which is fed its last one first; until it ends.
 
@@ -45,6 +47,7 @@ def go_ahead(
         steps: what `V4Slots.ahead` gave for the rows' slots.
         write: told of each step's rows (their places among `rows`), tokens and log-probabilities
             before a token is fed.
+        is_called: whether it was the last step, asked after each with the rows that ended in it.
     """
     draws, num = Draws(rows), len(rows)
     wants_routes = any(row.request.wants_routes for row in rows)
@@ -67,10 +70,11 @@ def go_ahead(
             routes[place].append(chosen)
         left_n -= 1
         goes_on_n = (left_n > 0) & ~(token_n.numpy()[:, None] == stop_nX).any(axis=1)
-        if not goes_on_n.all():
-            (kept,) = goes_on_n.nonzero()
-            if not len(kept):
-                break
+        (kept,) = goes_on_n.nonzero()
+        ended = [rows[place] for place in at_n[~goes_on_n]] if len(kept) < len(at_n) else []
+        if not len(kept) or is_called(ended):
+            break
+        if ended:
             at_n, left_n, stop_nX, token_n = at_n[kept], left_n[kept], stop_nX[kept], token_n[kept]
             draws.keep(kept)
             steps.keep(kept)

@@ -38,11 +38,16 @@ class Batch:
 
     @property
     def is_empty(self) -> bool:
-        return not self.rows and self._waiting.peek() is None
+        return not self.rows and not self.has_waiting
+
+    @property
+    def has_waiting(self) -> bool:
+        """Whether a request waits for a slot."""
+        return self._waiting.peek() is not None
 
     def admit(self) -> list[Row]:
         """Fill the free slots. Gives out rows that had ended before."""
-        if self._waiting.peek() is None:
+        if not self.has_waiting:
             self._close_up()
         ended: list[Row] = []
         taken: list[Row] = []

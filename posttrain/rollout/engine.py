@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from threading import RLock
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from posttrain.rollout.ahead import STEPS, can_go, go_ahead
 from posttrain.rollout.batch import Batch
 from posttrain.rollout.draws import Draws
 from posttrain.rollout.generic import GenericSlots
+from posttrain.rollout.handover import Handover
 from posttrain.rollout.journal import Journal, fingerprint
 from posttrain.rollout.row import Row, Token
 from posttrain.rollout.sampling import Draw
@@ -64,7 +64,7 @@ class Engine:
         self._num_tool_threads, self._pool = num_tool_threads, None
         self._is_running = False
         self._batch: Batch | None = None
-        self._lock = RLock()
+        self._handover = Handover()
 
     @torch.no_grad()
     def run(self, requests: Iterable[Request]) -> Iterator[Rollout]:
@@ -104,7 +104,7 @@ class Engine:
 
     def step(self) -> list[Row]:
         """Feed every row in a slot, sample where a token is due; the rows that ended."""
-        with self._lock:
+        with self._handover.step():
             batch = self._batch
             assert batch is not None, "step() is a part of run()"
             ended = batch.admit()
@@ -137,13 +137,22 @@ class Engine:
             taken = [Token(token, p, self.version) for token, p in zip(tokens, logp, strict=True)]
             journal.tokens(list(zip([rows[place] for place in places], taken, strict=True)))
 
-        taken = go_ahead(steps, rows, None if journal is None else write)
+        taken = go_ahead(steps, rows, None if journal is None else write, self._is_called)
         for row, (tokens, logp, routes) in zip(rows, taken, strict=True):
             row.routes += routes if row.request.wants_routes else ()
             row.take_all(tokens, logp, self.version)
             if row.is_turn_over:
                 self._ask(row)
         return rows
+
+    def _is_called(self, ended: Sequence[Row]) -> bool:
+        """Whether somebody waits for the next step: a request for the slot of a row that ended, a
+        tool for its turn, a row for what was said to it, other weights."""
+        batch = self._batch
+        assert batch is not None
+        if ended and (batch.has_waiting or any(row.request.continue_turn for row in ended)):
+            return True
+        return self._handover.num_waiting > 0 or bool(batch.answered(waits=False))
 
     def update(
         self, version: int, apply: Callable[[], object] | None = None, *, rereads: bool = False
@@ -156,7 +165,7 @@ class Engine:
             rereads: all rows read what they have again, so that nothing of the old weights is left;
                 else what the cache holds of a row's past stays as the old weights made it.
         """
-        with self._lock:
+        with self._handover.between():
             if apply is not None:
                 apply()
             self.version = version

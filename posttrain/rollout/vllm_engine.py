@@ -63,7 +63,7 @@ class VllmEngine(Engine):
         waiting = Peekable(self._row(checked(request)) for request in requests)
         try:
             while self._live or self._asked or waiting.peek() is not None:
-                with self._lock:
+                with self._handover.step():
                     ended = self._admit(waiting) + self._stepped() + self._answered()
                 yield from [row.rollout() for row in ended]
         finally:

@@ -1,8 +1,11 @@
 """Several tokens at one go are, to the bit, the tokens one by one."""
 
 from collections.abc import Generator
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
+from threading import Thread
+from time import sleep
 from typing import Any
 
 import pytest
@@ -12,7 +15,7 @@ from posttrain.rollout import Request, Rollout
 from posttrain.rollout.ahead import STEPS
 from posttrain.rollout.engine import Engine
 from posttrain.rollout.journal import Journal
-from posttrain.rollout.slots import SlotsAhead
+from posttrain.rollout.slots import SlotsAhead, V4Slots
 
 WAYS: list[dict[str, Any]] = [
     {},
@@ -45,6 +48,27 @@ def num_fed() -> Generator[list[int]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(SlotsAhead, "step", step)
         yield fed
+
+
+@pytest.fixture
+def forwards(num_fed: list[int]) -> Generator[list[list[int]]]:
+    """How many tokens of each row every forward was of, in a go or not."""
+    found: list[list[int]] = []
+    by_chunk, at_a_go = V4Slots.step, SlotsAhead.step
+
+    def chunk(self: V4Slots, live: Any, reading: Any, **options: Any) -> Any:
+        found.append([1] * len(live) + [len(ids) for _, ids in reading])
+        return by_chunk(self, live, reading, **options)
+
+    def go(self: SlotsAhead, token_n: Any, **options: Any) -> Any:
+        found.append([1] * len(token_n))
+        return at_a_go(self, token_n, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(V4Slots, "step", chunk)
+        patch.setattr(SlotsAhead, "step", go)
+        yield found
+    assert num_fed
 
 
 def one_by_one(model: Any, asked: list[Request], num_slots: int) -> dict[Any, Rollout]:
@@ -170,3 +194,73 @@ def test_a_finished_row_that_is_read_again_for_its_routes_samples_nothing(
     assert as_lists(run(model, [asked], 1, journal=journal)) == found
     assert not num_fed
     journal.close()
+
+
+def test_a_row_that_ends_leaves_its_slot_to_the_next_forward(
+    model: Any, forwards: list[list[int]]
+) -> None:
+    """Prompts of one token, which goes without a chunk."""
+    asked = make_requests(5, longest=2, max_new_tokens=3)
+    asked = [replace(r, stop_token_ids=()) for r in asked]
+    asked[0] = replace(asked[0], max_new_tokens=40)
+    found = run(model, asked, 2)
+    assert {r.prompt_id: len(r.response) for r in found.values()} == {
+        "p0": 40, "p1": 3, "p2": 3, "p3": 3, "p4": 3,
+    }  # fmt: skip
+    assert forwards == [[1, 1]] * 12 + [[1]] * 28
+
+
+@pytest.mark.parametrize("place", [20, 23, 26])
+def test_a_tool_is_asked_at_the_end_of_its_turn_and_heard_at_the_next_forward(
+    model: Any, forwards: list[list[int]], place: int
+) -> None:
+    """Another row decodes meanwhile, by goes."""
+    answer: Future[list[int] | None] = Future()
+    asked_at: list[int] = []
+
+    def ask(own: list[int]) -> Future[list[int] | None]:
+        asked_at.append(len(forwards) - len(own))
+        return answer
+
+    real = SlotsAhead.step
+
+    def step(self: SlotsAhead, token_n: Any, **options: Any) -> Any:
+        if len(forwards) == place:
+            answer.set_result([7, 8, 9])
+        return real(self, token_n, **options)
+
+    tool = Request("tool", [3], max_new_tokens=60, stop_token_ids=(1, 5), continue_turn=ask)
+    other = Request("other", [4], max_new_tokens=60)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SlotsAhead, "step", step)
+        found = run(model, [tool, other], 2)
+    turn = found["tool", 0].is_own.index(False)
+    assert turn < 20
+    assert asked_at[0] == 0
+    assert forwards[turn : place + 2] == [[1]] * (place + 1 - turn) + [[1, 4]]
+
+
+@pytest.mark.parametrize("place", [0, 3, 7])
+def test_other_weights_from_another_thread_come_in_after_the_step_that_runs(
+    model: Any, forwards: list[list[int]], place: int
+) -> None:
+    """Told in any step of a go."""
+    engine = Engine(model, num_slots=2, seed=0)
+    came_at: list[int] = []
+    updater = Thread(target=lambda: engine.update(7, lambda: came_at.append(len(forwards))))
+    real = SlotsAhead.step
+
+    def step(self: SlotsAhead, token_n: Any, **options: Any) -> Any:
+        if len(forwards) == 9 + place:
+            updater.start()
+            while updater.is_alive() and not engine._handover.num_waiting:
+                sleep(0.001)
+        return real(self, token_n, **options)
+
+    asked = [Request(name, [3], max_new_tokens=60) for name in "ab"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SlotsAhead, "step", step)
+        found = list(engine.run(asked))
+    updater.join()
+    assert came_at == [10 + place]
+    assert [r.versions for r in found] == [[0] * (10 + place) + [7] * (50 - place)] * 2
