@@ -1,15 +1,19 @@
 """More prompts for the domains whose teachers are further away.
 
-    gap_d    = smoothing gap_d + (1 - smoothing) (d's logged KL), step after step
+    gap_d    = smoothing gap_d + (1 - smoothing) (d's logged gap), step after step
     share_d  = min(max(scale gap_d, floor / D), ceiling / D),  scale such that the shares sum to 1
 
-It rests on logged numbers alone, so that a resumed run deals as a straight one. What a domain
-weighs in the loss is another matter (balance.py).
+A logged gap is the KL, or how far the student's score is below the teacher's in the steps that have
+scores. It rests on logged numbers alone, so that a resumed run deals as a straight one. What a
+domain weighs in the loss is another matter (balance.py).
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+Gaps = Callable[[Mapping[str, Any]], Mapping[str, float]]
+"""What a step's record says of the domains' gaps."""
 
 LEAST = 1e-6
 """A gap is at least so much of the largest: shares can then grow to sum to 1."""
@@ -24,13 +28,15 @@ class GapDeal:
         prompts_per_step: int,
         history: Sequence[Mapping[str, Any]],
         *,
+        gaps: Gaps,
         lag: int,
         floor: float,
         ceiling: float,
         smoothing: float,
     ) -> None:
         """`history` has the records of the steps that are learned, and grows; step s is dealt by
-        those of the steps before s - `lag`, which are learned by then."""
+        the `gaps` of the steps before s - `lag`, which are learned by then."""
+        self._gaps_of = gaps
         self._domains, self._prompts_per_step = list(domains), prompts_per_step
         self._history, self._lag, self._smoothing = history, lag, smoothing
         self._bounds = {"floor": floor, "ceiling": ceiling}
@@ -50,7 +56,7 @@ class GapDeal:
         num_known = max(step - self._lag, 0)
         assert num_known <= len(self._history), "a step is dealt before those it rests on"
         for record in self._history[self._num_read : num_known]:
-            self._gaps = smoothed(self._gaps, record, self._domains, self._smoothing)
+            self._gaps = smoothed(self._gaps, self._gaps_of(record), self._smoothing)
         self._num_read = num_known
         shares = bounded_shares(completed(self._gaps, self._domains), **self._bounds)
         counts = dict(self._before[-1])
@@ -63,16 +69,29 @@ class GapDeal:
         self._before.append(counts)
 
 
+def kl_gaps(record: Mapping[str, Any], *, domains: Sequence[str]) -> dict[str, float]:
+    """Each domain's KL to its teachers, where the step has one."""
+    return {d: record[f"kl/{d}"] for d in domains if record.get(f"kl/{d}") is not None}
+
+
+def score_gaps(record: Mapping[str, Any], *, targets: Mapping[str, float]) -> dict[str, float]:
+    """How far each domain's score is below its teachers', where the step has scores."""
+    return {
+        d: target - record[f"score/{d}"]
+        for d, target in targets.items()
+        if record.get(f"score/{d}") is not None
+    }
+
+
 def smoothed(
-    gaps: Mapping[str, float], record: Mapping[str, Any], domains: Sequence[str], smoothing: float
+    gaps: Mapping[str, float], new: Mapping[str, float], smoothing: float
 ) -> dict[str, float]:
-    """The gaps after one more step; a domain without a finite KL in it keeps its own."""
+    """The gaps after one more step; a domain without a finite one in it keeps its own."""
     found = dict(gaps)
-    for domain in domains:
-        kl = record.get(f"kl/{domain}")
-        if kl is not None and math.isfinite(kl):
-            kl = max(kl, 0.0)  # below it by rounding
-            found[domain] = smoothing * gaps.get(domain, kl) + (1 - smoothing) * kl
+    for domain, gap in new.items():
+        if math.isfinite(gap):
+            gap = max(gap, 0.0)  # a KL is below it by rounding, a score where it is ahead
+            found[domain] = smoothing * gaps.get(domain, gap) + (1 - smoothing) * gap
     return found
 
 

@@ -10,16 +10,17 @@ from functools import partial
 from itertools import chain
 from typing import Any
 
-from distill.allocation import GapDeal
+from distill.allocation import GapDeal, kl_gaps, score_gaps
 from distill.config import DistillConfig, OpdStage
 from distill.endings import Until, learned_until
 from distill.kept_rollouts import KeptRollouts
 from distill.rollouts import Batch, read_along, requests_of
 from distill.roster import Rosters
 from distill.samplers import make_sampler
-from distill.schedule import EvenDeal, Schedule
+from distill.schedule import Deal, EvenDeal, Schedule
 from distill.staleness import fresh_from
 from distill.teacher_samples import TeacherSamples
+from distill.teacher_scores import teacher_scores
 from distill.teachers import Teachers
 from posttrain.errors import CheckpointError, DataError, InsufficientResources
 from posttrain.job import Job
@@ -63,7 +64,12 @@ class Batches:
         self._teachers, self._rosters, self._kept = teachers, rosters, kept
         self._answers = TeacherSamples(job.out / "rollouts" / "teachers", tasks, config, job)
         num_answers = self._answers.num_answers()
-        self._schedule = make_schedule(tasks, config, job.seed, history, num_answers)
+        deal = make_deal(stage, tasks, job, history)
+        taught = config.teacher_samples
+        num_rows = {name: len(task.train) for name, task in tasks.items()}
+        self._schedule = Schedule(
+            num_rows, deal, job.seed, num_answers, taught.share, taught.warmup_steps
+        )
         start = str(job.inputs[config.start] / "checkpoint")
         self._sampler = make_sampler(config, job, model, start)
 
@@ -165,28 +171,22 @@ def check_threads(config: DistillConfig, job: Job) -> None:
         )
 
 
-def make_schedule(
-    tasks: Mapping[str, Task],
-    config: DistillConfig,
-    seed: int,
-    history: History,
-    num_answers: Mapping[str, int],
-) -> Schedule:
-    """Over the tasks' training rows and their teachers' answers. Raises DataError where a domain
-    has no rows."""
-    num_rows = {name: len(task.train) for name, task in tasks.items()}
-    empty = sorted(name for name, count in num_rows.items() if count == 0)
+def make_deal(stage: OpdStage, tasks: Mapping[str, Task], job: Job, history: History) -> Deal:
+    """How prompts are shared out. Raises DataError where a domain has none."""
+    empty = sorted(name for name, task in tasks.items() if not task.train)
     if empty:
         raise DataError(
             f"no prompts to distil on in {', '.join(empty)}: all are held out; give more rows or "
             "lower heldout_share"
         )
-    domains, how = list(num_rows), config.allocation
+    config, domains = stage.distill, list(tasks)
+    how, num_prompts = config.allocation, config.prompts_per_step
     if how.by == "even":
-        deal = EvenDeal(domains, config.prompts_per_step)
+        return EvenDeal(domains, num_prompts)
+    if how.by == "kl":
+        gaps = partial(kl_gaps, domains=domains)
     else:
-        bounds = how.model_dump(exclude={"by"})
-        lag = config.num_steps_ahead
-        deal = GapDeal(domains, config.prompts_per_step, history, lag=lag, **bounds)
-    taught = config.teacher_samples
-    return Schedule(num_rows, deal, seed, num_answers, taught.share, taught.warmup_steps)
+        gaps = partial(score_gaps, targets=teacher_scores(stage, tasks, job))
+    bounds = how.model_dump(exclude={"by"})
+    lag = config.num_steps_ahead
+    return GapDeal(domains, num_prompts, history, gaps=gaps, lag=lag, **bounds)

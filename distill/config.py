@@ -51,16 +51,19 @@ class GuardConfig(Config):
 class AllocationConfig(Config):
     """How a step's prompts are shared out among the domains."""
 
-    by: Literal["even", "kl"] = "even"
+    by: Literal["even", "kl", "score"] = "even"
     """`even`: the same number for each, give or take one; `kl`: in proportion to its `kl/<domain>`
-    of the steps learned so far. Each domain's share of the loss stays what it was; what was dealt
-    is logged as `prompts/<domain>`."""
+    of the steps learned so far; `score`: in proportion to how far `score/<domain>`, of the steps
+    that have one (evaluate_every), is below what the domain's teachers score on the same held-out
+    prompts. Each domain's share of the loss stays what it was; what was dealt is logged as
+    `prompts/<domain>`."""
     floor: float = Field(default=0.5, gt=0, le=1)
-    """A domain's prompts are at least so many times the even share, with `kl`."""
+    """A domain's prompts are at least so many times the even share, unless `even`."""
     ceiling: float = Field(default=2.0, ge=1)
-    """A domain's prompts are at most so many times the even share, with `kl`."""
+    """A domain's prompts are at most so many times the even share, unless `even`."""
     smoothing: float = Field(default=0.9, ge=0, lt=1)
-    """How much of a domain's smoothed KL the next step's leaves standing, with `kl`."""
+    """How much of a domain's smoothed gap the next step's leaves standing, unless `even`; with
+    `score`, the next score's."""
 
 
 class TeacherSamplesConfig(Config):
@@ -300,6 +303,15 @@ class DistillConfig(Config):
                 f"allocation.by is {self.allocation.by}, but with denominator {self.denominator} a "
                 "domain's prompts decide its share of the loss: set denominator to domain, or "
                 "allocation.by to even"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def a_gap_in_scores_needs_scores(self) -> Self:
+        if self.allocation.by == "score" and not self.evaluate_every:
+            raise ValueError(
+                "allocation.by is score and evaluate_every 0: the student is then never scored; "
+                "set evaluate_every to 10, say, or allocation.by to kl"
             )
         return self
 

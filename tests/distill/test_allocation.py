@@ -1,15 +1,25 @@
-"""Prompts go where the KL is larger: bounded, smoothed, and by logged numbers alone."""
+"""Prompts go where the gap is larger: bounded, smoothed, and by logged numbers alone."""
 
+import json
 import random
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 from small_runs import assert_same_run, opd_stage, work_until
 
-from distill.allocation import GapDeal, bounded_shares, completed, smoothed
+from distill.allocation import (
+    GapDeal,
+    bounded_shares,
+    completed,
+    kl_gaps,
+    score_gaps,
+    smoothed,
+)
 from distill.config import DistillConfig
 from distill.opd import work
 from posttrain.job import Job
@@ -20,7 +30,8 @@ Records = list[dict[str, Any]]
 
 def deal(history: Records, *, lag: int = 0, prompts_per_step: int = 10, **how: float) -> GapDeal:
     bounds = {"floor": 0.5, "ceiling": 2.0, "smoothing": 0.5, **how}
-    return GapDeal(DOMAINS, prompts_per_step, history, lag=lag, **bounds)
+    gaps = partial(kl_gaps, domains=DOMAINS)
+    return GapDeal(DOMAINS, prompts_per_step, history, gaps=gaps, lag=lag, **bounds)
 
 
 def drawn(num_steps: int, seed: int = 0) -> Records:
@@ -60,9 +71,10 @@ def test_shares_sum_to_one_and_keep_the_order_of_the_gaps_whatever_they_are() ->
 
 def test_gaps_are_smoothed_and_what_is_not_known_changes_none() -> None:
     # 1, then 0.75 * 1 + 0.25 * 3; a KL below zero is rounding
-    first = smoothed({}, {"kl/a": 1.0, "kl/b": -1e-9}, DOMAINS, 0.75)
+    first = smoothed({}, kl_gaps({"kl/a": 1.0, "kl/b": -1e-9}, domains=DOMAINS), 0.75)
     assert first == {"a": 1.0, "b": 0.0}
-    after = smoothed(first, {"kl/a": 3.0, "kl/b": None, "kl/c": float("nan")}, DOMAINS, 0.75)
+    record = {"kl/a": 3.0, "kl/b": None, "kl/c": float("nan")}
+    after = smoothed(first, kl_gaps(record, domains=DOMAINS), 0.75)
     assert after == {"a": 1.5, "b": 0.0}
     assert completed(after, DOMAINS) == {"a": 1.5, "b": 0.0, "c": 0.75}
     assert completed({}, DOMAINS) == dict.fromkeys(DOMAINS, 1.0)
@@ -89,7 +101,7 @@ def test_every_step_has_all_its_prompts_and_every_domain_its_share_of_them_in_th
         for domain, share in shares.items():
             owed[domain] += share * prompts_per_step
             assert abs(given.before(step + 1)[domain] - owed[domain]) < len(DOMAINS)
-        gaps = smoothed(gaps, history[step], DOMAINS, 0.5)
+        gaps = smoothed(gaps, kl_gaps(history[step], domains=DOMAINS), 0.5)
 
 
 @pytest.mark.parametrize("lag", [0, 1, 3])
@@ -138,3 +150,54 @@ def test_a_killed_run_deals_the_prompts_that_a_straight_one_deals(
     for record in records:  # half the loss each, whatever its prompts
         halves = 0.5 * record["kl/mathematics"] + 0.5 * record["kl/code"]
         assert record["loss"] == pytest.approx(halves, rel=1e-6)
+
+
+def test_a_score_that_is_ahead_of_the_teachers_leaves_no_gap_by_hand() -> None:
+    targets = {"a": 0.9, "b": 0.5}
+    found = score_gaps({"score/a": 0.5, "score/b": 0.75, "score/macro": 0.6}, targets=targets)
+    assert found == {"a": 0.4, "b": -0.25}
+    assert smoothed({"a": 0.2}, found, 0.5) == pytest.approx({"a": 0.3, "b": 0.0})
+    assert score_gaps({"kl/a": 0.5}, targets=targets) == {}  # a step that is not scored
+
+
+def test_a_gap_in_scores_needs_scores() -> None:
+    with pytest.raises(ValidationError, match="by is score and evaluate_every 0"):
+        DistillConfig.model_validate({"allocation": {"by": "score"}})
+
+
+REWARD = """
+def reward(response, **row):
+    return sum(ord(letter) % 4 for letter in response) / (3 * len(response)) if response else 0.5
+"""
+
+
+@pytest.mark.parametrize("dies_at", [2, 4])
+def test_prompts_go_where_the_score_is_furthest_below_the_teachers(
+    make_job: Callable[[str], Job], tmp_path: Path, dies_at: int
+) -> None:
+    """The student is the teacher of code: with the same seeds it answers alike, and has no gap."""
+    (tmp_path / "letters.py").write_text(REWARD)
+    asked = opd_stage(
+        allocation={"by": "score", "floor": 0.2, "ceiling": 1.8, "smoothing": 0.0},
+        evaluate_every=2,
+        evaluate_prompts=4,
+        prompts_per_step=10,
+        num_steps=6,
+        start="specialist/code",
+        optimizer={"learning_rate": 1e-30},
+    )
+    specs = [spec.model_copy(update={"reward": "letters:reward"}) for spec in asked.domains]
+    asked = asked.model_copy(update={"domains": specs})
+    straight, broken = make_job("straight"), make_job("killed")
+    work(asked, straight)
+    targets = json.loads((straight.out / "teacher_scores.json").read_text())
+    records = straight.metrics.records()
+    assert records[0]["step"] == 0
+    gaps = {name: target - records[0][f"score/{name}"] for name, target in targets.items()}
+    assert gaps["code"] == 0
+    assert gaps["mathematics"] > 0.01
+    dealt = [[r[f"prompts/{name}"] for name in ("mathematics", "code")] for r in records[1:]]
+    assert dealt == [[5, 5]] * 2 + [[9, 1]] * 4  # the first score is after the second step
+    work_until(asked, broken, dies_at)
+    work(asked, broken)
+    assert_same_run(broken, straight)
