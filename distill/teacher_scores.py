@@ -49,7 +49,8 @@ def _found(stage: OpdStage, tasks: Mapping[str, Task], job: Job) -> dict[str, fl
 def _scored(name: str, tasks: Mapping[str, Task], stage: OpdStage, job: Job) -> dict[str, float]:
     config = stage.distill
     with torch.random.fork_rng():  # a run that finds the scores draws what this one draws
-        model: Any = load_model(teacher_folder(name, job)).to(own_device())
+        model: Any = load_model(teacher_folder(name, job))
+    model.to(own_device())
     engine = Engine(model, num_slots=config.num_slots, seed=job.seed)
     asked = heldout_requests(
         tasks, num_prompts=config.evaluate_prompts, num_samples=config.evaluate_samples
