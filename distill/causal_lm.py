@@ -7,16 +7,14 @@ from these.
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from distill.logits import logit_scale
 from distill.reverse_kl import Head
 from posttrain.errors import CheckpointError
 
-SOFTCAP = "final_logit_softcapping"
-"""The config field of a change of the logits that no scale and bias can say."""
-
-LOGIT_CHANGES = {SOFTCAP: None, "logit_scale": 1.0, "logits_scaling": 1.0}
-"""Config fields by which some architectures change logits after the head; the harmless value."""
+LARGEST_GAP = 0.03
+"""Of the largest logit: more than the rounding of 16-bit numbers, less than any factor."""
 
 
 def hidden_states(model: Any, input_ids_BS: Tensor, attention_mask_BS: Tensor) -> Tensor:
@@ -27,21 +25,30 @@ def hidden_states(model: Any, input_ids_BS: Tensor, attention_mask_BS: Tensor) -
     return output.last_hidden_state
 
 
-def head_weight(model: Any, *, name: str) -> Tensor:
-    """The head's weight (V, H). Raises CheckpointError where logits are not hidden @ head.T."""
-    head = model.get_output_embeddings()
-    extra = [
-        field for field, harmless in LOGIT_CHANGES.items()
-        if getattr(model.config, field, harmless) not in (None, harmless)
-    ]  # fmt: skip
-    if getattr(head, "bias", None) is not None:
-        extra.append("a bias in its head")
-    if extra:
+def model_head(model: Any, *, name: str) -> Head:
+    """The model's own head. Raises CheckpointError where that is not all there is to its logits."""
+    layer = model.get_output_embeddings()
+    bias = getattr(layer, "bias", None)
+    return Head(layer.weight, bias, logit_scale(model.config.to_dict(), name=name))
+
+
+@torch.no_grad()
+def check_logits(model: Any, head: Head, *, name: str) -> None:
+    """Raise CheckpointError where a few tokens' logits are not rebuilt from hidden states and head:
+    an architecture may do to them what no config tells."""
+    ids_BS = torch.arange(min(4, len(head.weight)), device=head.weight.device)[None]
+    was_training = model.training
+    model.eval()
+    hidden_BSH = hidden_states(model, ids_BS, torch.ones_like(ids_BS))
+    wanted_BSV = model(input_ids=ids_BS, use_cache=False).logits.float()
+    model.train(was_training)
+    found_BSV = head.scale * nn.functional.linear(hidden_BSH, head.weight, head.bias).float()
+    gap = float((found_BSV - wanted_BSV).abs().max() / wanted_BSV.abs().max())
+    if gap > LARGEST_GAP:
         raise CheckpointError(
-            f"{name} changes its logits by {', '.join(extra)}, and distillation rebuilds logits as "
-            "hidden states times head: use a model without that"
+            f"{name}'s logits are not its head's of its last hidden states: they differ by "
+            f"{gap:.0%} of the largest, and the loss rebuilds them so; use another architecture"
         )
-    return head.weight
 
 
 def check_untied(model: Any) -> None:
@@ -59,16 +66,3 @@ def token_logits(hidden_NH: Tensor, head: Head, token_N: Tensor) -> Tensor:
     vocabulary's."""
     logit_N = torch.linalg.vecdot(hidden_NH, head.weight[token_N])
     return head.scale * (logit_N if head.bias is None else logit_N + head.bias[token_N])
-
-
-def logit_scale(config: Any, *, name: str) -> float:
-    """What a config multiplies the head's logits by: Cohere's `logit_scale`, Granite's division by
-    `logits_scaling`. Raises CheckpointError where it does more than that."""
-    if getattr(config, SOFTCAP, None) is not None:
-        raise CheckpointError(
-            f"{name} changes its logits by {SOFTCAP}, which the loss cannot rebuild from hidden "
-            "states and head: use a teacher without that"
-        )
-    factor = getattr(config, "logit_scale", None)
-    divisor = getattr(config, "logits_scaling", None)
-    return (1.0 if factor is None else float(factor)) / (1.0 if divisor is None else divisor)

@@ -19,7 +19,13 @@ from torch.distributed.tensor import DTensor
 
 from distill.balance import Denominator, Totals, token_weights
 from distill.batch import Group, MicroBatch, ScoredExample, cut_rows, make_microbatch
-from distill.causal_lm import check_untied, head_weight, hidden_states, token_logits
+from distill.causal_lm import (
+    check_logits,
+    check_untied,
+    hidden_states,
+    model_head,
+    token_logits,
+)
 from distill.divergences import Kind, divergence
 from distill.guard import Guard
 from distill.mesh import Mesh
@@ -36,20 +42,25 @@ class Student(nn.Module):
 
     def __init__(self, model: Any) -> None:
         super().__init__()
-        head_weight(model, name="the student")
         self.model = model
 
-    def forward(self, batch: MicroBatch, share: Tensor) -> tuple[Tensor, Tensor]:
-        """Hidden states that predict the loss tokens (N, H), and the head (V, H), or where it
-        stays in parts this rank's rows. `share` of the step's tokens are in this batch, times the
-        ranks over which gradients are averaged."""
+    def forward(self, batch: MicroBatch, share: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Hidden states that predict the loss tokens (N, H), and the head (V, H) and its bias (V),
+        or where they stay in parts this rank's rows. `share` of the step's tokens are in this
+        batch, times the ranks over which gradients are averaged."""
         scale_own_losses(self.model, share)
         hidden_BSH = hidden_states(self.model, batch.input_ids_BS, batch.attention_mask_BS)
-        head_VH = self.model.get_output_embeddings().weight
-        if isinstance(head_VH, DTensor):
-            head_VH = head_VH.to_local()
-        # a view, so that DDP finds the head in the graph of this forward's outputs
-        return hidden_BSH.flatten(0, 1)[batch.position_N], head_VH.view_as(head_VH)
+        layer = self.model.get_output_embeddings()
+        bias_V = getattr(layer, "bias", None)
+        bias_V = None if bias_V is None else as_output(bias_V)
+        return hidden_BSH.flatten(0, 1)[batch.position_N], as_output(layer.weight), bias_V
+
+
+def as_output(parameter: Tensor) -> Tensor:
+    """A view, so that DDP finds the parameter in the graph of a forward's outputs; of one in parts
+    this rank's."""
+    own = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    return own.view_as(own)
 
 
 class Learner:
@@ -80,7 +91,9 @@ class Learner:
         those names; `guard` decides which gradients are used."""
         self.mesh = mesh or Mesh()
         self.model = model
-        own_head = model.get_output_embeddings()
+        own_head = model_head(model, name="the student")
+        check_logits(model, own_head, name="the student")
+        self.head_scale = own_head.scale
         if self.mesh.vocab_parallel and self.mesh.is_sharded:
             check_untied(model)
         self.vocab_rows = self.mesh.own_rows(len(own_head.weight))
@@ -88,7 +101,7 @@ class Learner:
             Student(model),
             model._no_split_modules or (),
             lambda: make_optimizer(model),
-            head=own_head,
+            head=model.get_output_embeddings(),
         )
         self.peak_rates = [group["lr"] for group in self.optimizer.param_groups]
         self.domains = list(shares)
@@ -182,17 +195,18 @@ class Learner:
             totals=totals,
         )
         share = batch.num_inputs / totals.num_inputs * self.mesh.size
-        hidden_NH, head_VH = self.student(batch, share.float())
+        hidden_NH, weight_VH, bias_V = self.student(batch, share.float())
+        own_head = Head(weight_VH, bias_V, self.head_scale)
         hidden_NH.retain_grad()
         try:
-            loss, compared = self._compare_all(hidden_NH, head_VH, batch, weight_N)
+            loss, compared = self._compare_all(hidden_NH, own_head, batch, weight_N)
         except FloatingPointError as error:
             log.warning("a loss that is not finite: %s", error)
             # the other ranks wait for this one's backward; no number is left that could be used
-            self.mesh.backward((hidden_NH.sum() + head_VH.sum()) * math.nan)
+            self.mesh.backward(sum_of(hidden_NH, own_head) * math.nan)
             return
         # before the backward, after which a sharded head is gone
-        logit_N = self._logits(hidden_NH, head_VH, batch.sampled_N)
+        logit_N = self._logits(hidden_NH, own_head, batch.sampled_N)
         self.mesh.backward(loss)
         if not batch.groups:
             return
@@ -224,19 +238,19 @@ class Learner:
         return [self._heads[name] for name in teachers]
 
     def _compare_all(
-        self, hidden_NH: Tensor, head_VH: Tensor, batch: MicroBatch, weight_N: Tensor
+        self, hidden_NH: Tensor, head: Head, batch: MicroBatch, weight_N: Tensor
     ) -> tuple[Tensor, list[tuple[ReverseKL, ReverseKL]]]:
         """What the backward starts from, and by group what `_compare` gives."""
         if not self.mesh.vocab_parallel:
             compared = [
-                self._compare(hidden_NH, head_VH, batch, group, weight_N) for group in batch.groups
+                self._compare(hidden_NH, head, batch, group, weight_N) for group in batch.groups
             ]
             if not compared:
-                return (hidden_NH.sum() + head_VH.sum()) * 0.0, []
+                return sum_of(hidden_NH, head) * 0.0, []
             return torch.stack([found.loss for found, _ in compared]).sum(), compared
         loss, found = compare_over_ranks(
             hidden_NH,
-            Head(self._own_rows(head_VH)),
+            self._own_rows(head),
             batch,
             weight_N,
             heads_of=self._heads_of,
@@ -245,33 +259,34 @@ class Learner:
         )
         return loss, [(kl, kl) for kl in found]
 
-    def _own_rows(self, head_VH: Tensor) -> Tensor:
+    def _own_rows(self, head: Head) -> Head:
         """This rank's rows of the head, and their gradient what `backward` makes of others'."""
         if not self.mesh.is_sharded:
-            return head_VH[self.vocab_rows]
+            return head.map(lambda x: x[self.vocab_rows])
         # it is summed over nothing, where others' are averaged over the ranks
-        rows_VH = head_VH.view_as(head_VH)
-        rows_VH.register_hook(lambda grad_VH: grad_VH / self.mesh.size)
-        return rows_VH
+        own = head.map(lambda x: x.view_as(x))
+        for x in own.tensors:
+            x.register_hook(lambda grad: grad / self.mesh.size)
+        return own
 
-    def _logits(self, hidden_NH: Tensor, head_VH: Tensor, token_N: Tensor) -> Tensor:
+    def _logits(self, hidden_NH: Tensor, head: Head, token_N: Tensor) -> Tensor:
         """Of one token of each row, (N,)."""
-        hidden_NH, head_VH = hidden_NH.detach(), head_VH.detach()
+        hidden_NH, head = hidden_NH.detach(), head.detach()
         if not self.mesh.vocab_parallel:
-            return token_logits(hidden_NH, Head(head_VH), token_N)
-        head = Head(head_VH if self.mesh.is_sharded else head_VH[self.vocab_rows])
+            return token_logits(hidden_NH, head, token_N)
+        head = head if self.mesh.is_sharded else head.map(lambda x: x[self.vocab_rows])
         return logits_over_ranks(hidden_NH, head, token_N, self.vocab_rows, self.mesh)
 
     def _compare(
         self,
         hidden_NH: Tensor,
-        head_VH: Tensor,
+        head: Head,
         batch: MicroBatch,
         group: Group,
         weight_N: Tensor,
     ) -> tuple[ReverseKL, ReverseKL]:
         """Of a group's tokens what is minimised, and the reverse KL, whether or not that is it."""
-        student = (hidden_NH[group.tokens], head_VH)
+        student = (hidden_NH[group.tokens], head)
         teachers = list(zip(group.hidden, self._heads_of(group.teachers), strict=True))
         options: Any = {
             "mixture": group.mixture_Nn,
@@ -289,3 +304,8 @@ class Learner:
 
     def _tensor(self, values: Any) -> Tensor:
         return torch.tensor(values, dtype=torch.float64, device=self.mesh.device)
+
+
+def sum_of(hidden_NH: Tensor, head: Head) -> Tensor:
+    """All that a forward gave out, in one number: whose backward reaches every parameter."""
+    return torch.stack([x.sum() for x in (hidden_NH, *head.tensors)]).sum()

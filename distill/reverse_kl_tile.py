@@ -13,7 +13,7 @@ Shapes: R tokens of a tile, V vocabulary (this rank's part), n teachers, H hidde
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,20 +38,27 @@ class Head:
     """[V]."""
     scale: float = 1.0
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Weight, and bias where there is one."""
+        return [self.weight] if self.bias is None else [self.weight, self.bias]
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Head":
+        """With change(x) in the place of each tensor."""
+        bias = None if self.bias is None else change(self.bias)
+        return Head(change(self.weight), bias, self.scale)
+
     def detach(self) -> "Head":
         """Without a gradient."""
-        bias = None if self.bias is None else self.bias.detach()
-        return Head(self.weight.detach(), bias, self.scale)
+        return self.map(Tensor.detach)
 
     def rows(self, rows: slice) -> "Head":
         """Some rows of the vocabulary, in memory of their own."""
-        bias = None if self.bias is None else self.bias[rows].clone()
-        return Head(self.weight[rows].clone(), bias, self.scale)
+        return self.map(lambda x: x[rows].clone())
 
     def to(self, device: torch.device) -> "Head":
         """The same numbers on the device."""
-        bias = None if self.bias is None else self.bias.to(device)
-        return Head(self.weight.to(device), bias, self.scale)
+        return self.map(lambda x: x.to(device))
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from distill.causal_lm import logit_scale
+from distill.logits import logit_scale
 from distill.reverse_kl import Head
 from distill.teacher_files import TeacherFiles
 from distill.teacher_shards import shard
@@ -117,7 +117,7 @@ class Loader:
         return Head(
             source.read(tied.get(weight, weight)),
             source.read(tied.get(bias, bias)) if has_bias else None,
-            logit_scale(skeleton.config, name=str(folder)),
+            logit_scale(skeleton.config.to_dict(), name=str(folder)),
         )
 
     def _source(self, folder: Path) -> Source:

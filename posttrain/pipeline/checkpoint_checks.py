@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any, cast
 
+from distill.logits import logit_scale
 from posttrain.adapters import WEIGHTS, base_name, find_base, is_adapter
 from posttrain.errors import CheckpointError
 
@@ -23,15 +24,28 @@ def check_folder(folder: Path) -> None:
         check_weights(path)
 
 
-def check_teacher(folder: Path, *, hub: str | None) -> None:
+def check_model(folder: Path, *, hub: str | None) -> Path | None:
     """Raise CheckpointError unless the folder holds a model, or an adapter whose base is a model's
-    folder or the recipe's own from the hub."""
-    if not is_adapter(folder):
-        check_folder(folder)
-        return
-    check_weights(folder / WEIGHTS)
-    if base_name(folder) != hub:
-        check_folder(find_base(folder))
+    folder or the recipe's own from the hub. The model's folder, or None."""
+    model: Path | None = folder
+    if is_adapter(folder):
+        check_weights(folder / WEIGHTS)
+        model = None if base_name(folder) == hub else find_base(folder)
+    if model:
+        check_folder(model)
+    return model
+
+
+def check_teacher(folder: Path, *, hub: str | None) -> None:
+    """As `check_model`; also where the loss cannot rebuild the model's logits."""
+    model = check_model(folder, hub=hub)
+    if model:
+        check_logits(model)
+
+
+def check_logits(folder: Path) -> None:
+    """Raise CheckpointError where the loss cannot rebuild the logits of the model in the folder."""
+    logit_scale(read_config(folder), name=str(folder))
 
 
 def teacher_tokenizer(folder: Path) -> Any:

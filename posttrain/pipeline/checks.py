@@ -30,6 +30,7 @@ from posttrain.domains import (
 from posttrain.errors import DataError, PosttrainError
 from posttrain.pipeline.checkpoint_checks import (
     check_folder,
+    check_logits,
     check_teacher,
     read_config,
     read_tokenizer,
@@ -142,6 +143,8 @@ def check_checkpoints(file: RecipeFile) -> None:
     if base.path:
         with naming(file, ("base", "path")):
             check_folder(file.folder / base.path)
+            if file.recipe.distillations():
+                check_logits(file.folder / base.path)
     for name, path in teachers:
         with naming(file, ("teachers", name)):
             check_teacher(file.folder / path, hub=base.hub)

@@ -10,7 +10,7 @@ from posttrain.domains import DomainSpec, Row
 from posttrain.errors import DataError
 from posttrain.judge_config import ACTOR, JudgeConfig
 from posttrain.judge_prompts import judge_messages, judged_field
-from posttrain.pipeline.checkpoint_checks import check_teacher, read_config
+from posttrain.pipeline.checkpoint_checks import check_model, read_config
 from posttrain.pipeline.fingerprints import checkpoint_fingerprint
 from posttrain.pipeline.recipe_domain import DomainConfig
 from posttrain.transcripts import told
@@ -54,7 +54,7 @@ def judges_first(domains: Mapping[str, DomainConfig]) -> list[str]:
 def check_judge(folder: Path, judge: JudgeConfig) -> None:
     """Raise CheckpointError unless the judge's checkpoint is there, or will be made."""
     if judge.folder:
-        check_teacher(folder / judge.folder, hub=None)
+        check_model(folder / judge.folder, hub=None)
 
 
 def check_judged_rows(

@@ -9,6 +9,7 @@ from typing import Any
 import psutil
 import torch
 from conftest import tiny_model
+from heads import headed
 from small_steps import OPTIMIZERS, SHARES, TEACHERS, VOCAB, Update, mixed, scored
 
 from distill.batch import ScoredExample
@@ -29,11 +30,17 @@ def main(out: Path, rank: int, num_ranks: int, strategy: Strategy, *, vocab_para
     torch.set_num_threads(1)
     teachers = {name: tiny_model(i, VOCAB) for i, name in enumerate(TEACHERS.values(), start=1)}
     found: dict[str, Any] = {}
-    for name, cuts in (("uneven", CUTS), ("lopsided", LOPSIDED)):
+    for name, cuts, student in (
+        ("uneven", CUTS, tiny_model(0, VOCAB)),
+        ("lopsided", LOPSIDED, tiny_model(0, VOCAB)),
+        ("uneven, biased", CUTS, headed("bias", 0, VOCAB)),
+        ("lopsided, biased", LOPSIDED, headed("bias", 0, VOCAB)),
+        ("uneven, divided", CUTS, headed("divided", 0, VOCAB)),
+    ):
         if num_ranks > 1:  # each time anew, as the stages of a run do in one process
             meet(out / f"meeting-{name}", rank=rank, num_ranks=num_ranks, timeout_s=60)
         mesh = Mesh(strategy, num_ranks=num_ranks, vocab_parallel=vocab_parallel)
-        update = Update(tiny_model(0, VOCAB), teachers, cuts[num_ranks][rank], mesh=mesh)
+        update = Update(student, teachers, cuts[num_ranks][rank], mesh=mesh)
         found[name] = {"metrics": update.metrics, "gradients": update.gradients}
     rows = scored(CUTS[num_ranks][rank], teachers)
     broken = spoilt(rows) if rank == num_ranks - 1 else rows

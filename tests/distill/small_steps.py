@@ -8,6 +8,7 @@ import torch
 
 from distill.balance import Denominator
 from distill.batch import Example, ScoredExample
+from distill.causal_lm import model_head
 from distill.divergences import Kind
 from distill.learner import Learner
 from distill.mesh import Mesh, Strategy
@@ -99,7 +100,7 @@ class Update:
             descent(),
             mesh=mesh,
             shares=SHARES,
-            head=lambda name: teachers[name].get_output_embeddings().weight,
+            head=lambda name: model_head(teachers[name], name=name).detach(),
             denominator=denominator,
             divergence=divergence,
             beta=0.3,

@@ -26,11 +26,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from distill.balance import Denominator
 from distill.batch import Example
-from distill.causal_lm import head_weight
 from distill.divergences import Kind
 from distill.learner import Learner
 from posttrain.backbone.auxiliary import scale_own_losses
-from posttrain.errors import CheckpointError
 
 Measure = Callable[[Tensor, Tensor, int], Tensor]
 """(logp_V, logq_V, the token that was sampled) -> a token's divergence."""
@@ -285,15 +283,6 @@ def test_another_architecture_with_tied_embeddings_learns_the_same_way() -> None
     for name, parameter in wanted.named_parameters():
         assert parameter.grad is not None
         torch.testing.assert_close(update.gradients[name], parameter.grad, rtol=1e-4, atol=2e-6)
-
-
-def test_models_whose_logits_are_more_than_hidden_times_head_are_refused(
-    models: Models,
-) -> None:
-    model, _ = models()
-    model.lm_head = torch.nn.Linear(32, VOCAB, bias=True)
-    with pytest.raises(CheckpointError, match="the student changes its logits by a bias"):
-        head_weight(model, name="the student")
 
 
 def test_shares_that_are_given_later_count_like_the_first(models: Models) -> None:

@@ -76,3 +76,17 @@ def test_a_missing_checkpoint_is_named(tmp_path: Path, field: str, value: str) -
     message = message_of(write_recipe(tmp_path), f"{field}={value}")
     assert "is no folder" in message
     assert field in message
+
+
+@pytest.mark.parametrize("field", ["base={path: capped}", "teachers={letters: capped}"])
+def test_logits_that_distillation_cannot_rebuild_are_refused(tmp_path: Path, field: str) -> None:
+    path = write_recipe(tmp_path)
+    folder = write_checkpoint(tmp_path / "capped")
+    config = {"model_type": "gemma2", "final_logit_softcapping": 30.0}
+    (folder / "config.json").write_text(json.dumps(config))
+    message = message_of(path, field)
+    assert "changes its logits by final_logit_softcapping" in message
+    assert field.partition("=")[0] in message
+    checked(path, "base={path: capped}", "distill=null")
+    (folder / "config.json").write_text(json.dumps({**config, "final_logit_softcapping": None}))
+    checked(path, field)
