@@ -6,7 +6,7 @@ Legend: T tokens, H hidden size, k experts a token, E experts.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +16,7 @@ from transformers.models.deepseek_v4 import DeepseekV4Config
 from transformers.models.deepseek_v4 import modeling_deepseek_v4 as stock
 from transformers.utils.generic import maybe_autocast
 
+from posttrain.backbone import again
 from posttrain.backbone.balance import attach_balance
 from posttrain.backbone.decode_norm import projected
 from posttrain.backbone.fake_quant import rounds
@@ -164,16 +165,27 @@ def routed(
     expert_Tk: Tensor,
     serving: Serving,
 ) -> tuple[Tensor, Groups, Tensor, Tensor]:
-    """The output (T, H), and what the backward needs: groups, order (R,), gate and up (R, J)."""
+    """The output (T, H), and what the backward needs: groups, order (R,), gate and up (R, J), none
+    of a long batch."""
     expert_R, order_R = expert_Tk.flatten().sort(stable=True)
     groups = Groups(expert_R, len(gate_up_EJH))
-    token_R = order_R // expert_Tk.shape[1]
-    gate_up = rounded(gate_up_EJH, x_TH, serving)
-    gate_up_RJ = groups.times(x_TH.index_select(0, token_R), gate_up.mT)
-    hidden_RI = weighted(gate_up_RJ, _by_row(weight_Tk, order_R), serving.limit)
-    hidden_RI = fake_fp8_activation(hidden_RI) if serving.rounds_inputs else hidden_RI
-    out_RH = groups.times(hidden_RI, rounded(down_EHI, x_TH, serving).mT)
-    return _sum_by_token(out_RH, order_R, expert_Tk.shape), groups, order_R, gate_up_RJ
+    token_R, weight_R = order_R // expert_Tk.shape[1], _by_row(weight_Tk, order_R)
+
+    def run(rows: slice, experts: slice, group: Groups) -> tuple[Tensor, Tensor]:
+        gate_up = rounded(gate_up_EJH[experts], x_TH, serving)
+        gate_up_RJ = group.times(x_TH.index_select(0, token_R[rows]), gate_up.mT)
+        hidden_RI = weighted(gate_up_RJ, weight_R[rows], serving.limit)
+        hidden_RI = fake_fp8_activation(hidden_RI) if serving.rounds_inputs else hidden_RI
+        return group.times(hidden_RI, rounded(down_EHI[experts], x_TH, serving).mT), gate_up_RJ
+
+    parts = groups.parts(len(x_TH))
+    if len(parts) == 1:
+        out_RH, gate_up_RJ = run(*parts[0])
+        return _sum_by_token(out_RH, order_R, expert_Tk.shape), groups, order_R, gate_up_RJ
+    out_TH = torch.zeros_like(x_TH)
+    for part in parts:
+        out_TH.index_add_(0, token_R[part[0]], run(*part)[0])
+    return out_TH, groups, order_R, x_TH.new_empty(0)
 
 
 def served(
@@ -241,26 +253,60 @@ class RoutedExperts(torch.autograd.Function):
     @plain_backward
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x_TH, weight_Tk, gate_up_EJH, down_EHI, order_R, gate_up_RJ = ctx.saved_tensors
-        groups, serving, shape = ctx.groups, ctx.serving, weight_Tk.shape
-        token_R = order_R // shape[1]
-        grad_RH, weight_R = grads[0].index_select(0, token_R), _by_row(weight_Tk, order_R)
-        grad_hidden_RI = groups.times(grad_RH, rounded(down_EHI, x_TH, serving))
-        given = grad_hidden_RI, gate_up_RJ, weight_R, serving.limit
-        hidden_RI, grad_weight_R, through = weighted_backward(*given)
-        del given, grad_hidden_RI
-        hidden_RI = fake_fp8_activation(hidden_RI) if serving.rounds_inputs else hidden_RI
-        grad_down_EHI = groups.outer(grad_RH, hidden_RI) if ctx.needs_input_grad[3] else None
-        del grad_RH, hidden_RI  # the step's memory is at its peak here
-        grad_RJ = through()
-        del through
-        grad_gate_up_EJH = None
-        if ctx.needs_input_grad[2]:
-            grad_gate_up_EJH = groups.outer(grad_RJ, x_TH.index_select(0, token_R))
-        grad_RH = groups.times(grad_RJ, rounded(gate_up_EJH, x_TH, serving))
-        grad_x_TH = _sum_by_token(grad_RH, order_R, shape)
-        grad_weight_Tk = torch.empty_like(grad_weight_R).scatter_(0, order_R, grad_weight_R)
-        grad_weight_Tk = grad_weight_Tk.view(shape)
+        shape, parts = weight_Tk.shape, ctx.groups.parts(len(x_TH))
+        is_one = len(parts) == 1
+        token_R, weight_R = order_R // shape[1], _by_row(weight_Tk, order_R)
+        grad_x_TH, grad_RH = x_TH if is_one else torch.zeros_like(x_TH), x_TH
+        found: list[Sequence[Any]] = []
+        for rows, experts, group in parts:
+            weights = gate_up_EJH[experts], down_EHI[experts]
+            given = grads[0], x_TH, token_R[rows], weight_R[rows], gate_up_RJ if is_one else None
+            grad_RH, *others = rows_backward(ctx, group, *weights, *given)
+            found.append(others)
+            if not is_one:
+                grad_x_TH.index_add_(0, token_R[rows], grad_RH)
+        if is_one:
+            grad_x_TH = _sum_by_token(grad_RH, order_R, shape)
+        joined: list[Any] = [
+            None if grad[0] is None else grad[0] if is_one else torch.cat(grad)
+            for grad in zip(*found, strict=True)
+        ]
+        grad_weight_R, grad_gate_up_EJH, grad_down_EHI = joined
+        grad_weight_Tk = torch.empty_like(weight_R).scatter_(0, order_R, grad_weight_R).view(shape)
         return grad_x_TH, grad_weight_Tk, grad_gate_up_EJH, grad_down_EHI, None, None
+
+
+def rows_backward(
+    ctx: Any,
+    groups: Groups,
+    gate_up_EJH: Tensor,
+    down_EHI: Tensor,
+    grad_TH: Tensor,
+    x_TH: Tensor,
+    token_R: Tensor,
+    weight_R: Tensor,
+    gate_up_RJ: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """The gradients of rows of x, their weights, and the experts' matrices; gate and up are formed
+    where they are not given."""
+    serving: Serving = ctx.serving
+    gate_up = rounded(gate_up_EJH, x_TH, serving)
+    if gate_up_RJ is None:
+        gate_up_RJ = groups.times(x_TH.index_select(0, token_R), gate_up.mT)
+    grad_RH = grad_TH.index_select(0, token_R)
+    grad_hidden_RI = groups.times(grad_RH, rounded(down_EHI, x_TH, serving))
+    given = grad_hidden_RI, gate_up_RJ, weight_R, serving.limit
+    hidden_RI, grad_weight_R, through = weighted_backward(*given)
+    del given, grad_hidden_RI
+    hidden_RI = fake_fp8_activation(hidden_RI) if serving.rounds_inputs else hidden_RI
+    grad_down_EHI = groups.outer(grad_RH, hidden_RI) if ctx.needs_input_grad[3] else None
+    del grad_RH, hidden_RI  # the step's memory is at its peak here
+    grad_RJ = through()
+    del through
+    grad_gate_up_EJH = None
+    if ctx.needs_input_grad[2]:
+        grad_gate_up_EJH = groups.outer(grad_RJ, x_TH.index_select(0, token_R))
+    return groups.times(grad_RJ, gate_up), grad_weight_R, grad_gate_up_EJH, grad_down_EHI
 
 
 def rounded(weight_EAB: Tensor, x_TH: Tensor, serving: Serving) -> Tensor:
@@ -281,6 +327,17 @@ class Groups:
         self.end_E = torch.searchsorted(expert_R, name_E, right=True, out_int32=True)
         ends = [] if self.is_grouped else self.end_E.tolist()
         self.sizes = [end - first for first, end in pairwise([0, *ends])]
+
+    def parts(self, num_tokens: int) -> list[tuple[slice, slice, Groups]]:
+        """What is done at once, rows, experts and their groups: all, or of a long batch on CPU one
+        expert, so that no (R, ...) tensor exists."""
+        if self.is_grouped or num_tokens <= again.KEPT:
+            return [(slice(None), slice(None), self)]
+        ends = [0, *accumulate(self.sizes)]
+        return [
+            (slice(*span), slice(e, e + 1), Groups(self.end_E.new_zeros(span[1] - span[0]), 1))
+            for e, span in enumerate(pairwise(ends))
+        ]
 
     def times(self, rows_RA: Tensor, matrix_EAB: Tensor) -> Tensor:
         """rows[r] @ matrix[expert of r], (R, B)."""

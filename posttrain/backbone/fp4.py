@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from posttrain.backbone.again import form_again
 from posttrain.backbone.kernels import use_kernels
 
 GROUP = 32
@@ -265,7 +266,9 @@ def _fake(x: Tensor, block: int, rounding: Callable[[Tensor], Tensor]) -> Tensor
             target.copy_(rounding(wide.reshape(-1, block)).view_as(wide)[:, :width])
         return out.view(x.shape)
 
-    return _StraightThrough.apply(x, rounded)  # pyright: ignore[reportReturnType]
+    out: Any = _StraightThrough.apply(x, rounded)
+    form_again(out, rounded, x)
+    return out
 
 
 def _round_mxfp4(block_NB: Tensor) -> Tensor:

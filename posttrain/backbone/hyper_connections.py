@@ -15,23 +15,18 @@ stream j, to stream k).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 from transformers.models.deepseek_v4 import modeling_deepseek_v4 as stock
 from transformers.utils.generic import maybe_autocast
 
+from posttrain.backbone import again
 from posttrain.backbone.function import plain_backward
 from posttrain.backbone.host import use_host_loops
 from posttrain.backbone.kernels import use_kernels
-
-KEPT = 4096
-"""Up to so many tokens coefficients and divisors are kept from forward to backward: 200 floats a
-token, otherwise formed again; streams in `formed_again`."""
 
 
 def wide(x: Tensor) -> Tensor:
@@ -84,7 +79,8 @@ class Connect(torch.autograd.Function):
             raw_CT, base_C, gain_C, num, iterations, eps
         )
         collapsed_TH = weighted_sum(gate_GT[:num] + eps, x_wide)
-        saved = found if len(x_TNH) <= KEPT else ()
+        # 200 floats a token
+        saved = found if len(x_TNH) <= again.KEPT else ()
         ctx.save_for_backward(x_TNH, fn_CX, base_C, gain_C, raw_CT, scale_T, *saved)
         ctx.iterations, ctx.eps = iterations, eps
         kept_NTH = mixed(comb_NNT.to(x_TNH.dtype), x_TNH)
@@ -270,33 +266,6 @@ def connect(
         return streams.transpose(0, 1)
 
     return collapsed_TH, write
-
-
-@contextmanager
-def formed_again(x_TNH: Tensor, write: Writer, y_TH: Tensor) -> Generator[None]:
-    """Of what is called here, backward forms x = write(y) once more in place of keeping it: streams
-    between attention and experts, N H numbers a token, of a long batch in host loops."""
-    is_wanted = len(x_TNH) > KEPT and torch.is_grad_enabled() and use_host_loops(x_TNH)
-    # another's hooks, of whoever computes whole layers again or keeps tensors elsewhere, would see
-    # nothing of these: no public call tells of them
-    inside: Any = vars(torch)["_C"]
-    if not is_wanted or inside._autograd._top_saved_tensors_default_hooks(True) is not None:
-        yield
-        return
-    y_TH, place, shape = y_TH.detach(), x_TNH.data_ptr(), x_TNH.shape  # x itself is let go
-
-    def form() -> Tensor:
-        with torch.no_grad():
-            return write(y_TH)
-
-    def pack(saved: Tensor) -> Tensor | Callable[[], Tensor]:
-        return form if saved.data_ptr() == place and saved.shape == shape else saved
-
-    def unpack(kept: Tensor | Callable[[], Tensor]) -> Tensor:
-        return kept if isinstance(kept, Tensor) else kept()
-
-    with saved_tensors_hooks(pack, unpack):
-        yield
 
 
 class V4HyperConnection(stock.DeepseekV4HyperConnection):

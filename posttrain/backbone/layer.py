@@ -12,7 +12,7 @@ from posttrain.backbone.auxiliary import touch
 from posttrain.backbone.decode import DecodeContext, decode_attention
 from posttrain.backbone.decode_norm import normed
 from posttrain.backbone.experts import V4SparseMoeBlock
-from posttrain.backbone.hyper_connections import V4HyperConnection, formed_again
+from posttrain.backbone.hyper_connections import V4HyperConnection
 from posttrain.backbone.norm import V4RMSNorm
 
 
@@ -36,10 +36,8 @@ class V4DecoderLayer(stock.DeepseekV4DecoderLayer):
         if isinstance(context, DecodeContext):
             return self._step(x_TNH, token_id_T, context)
         collapsed, write = self.attn_hc(x_TNH)
-        y_TH = self.self_attn(self.input_layernorm(collapsed), context)
-        x_TNH = write(y_TH)
-        with formed_again(x_TNH, write, y_TH):
-            collapsed, write = self.ffn_hc(x_TNH)
+        x_TNH = write(self.self_attn(self.input_layernorm(collapsed), context))
+        collapsed, write = self.ffn_hc(x_TNH)
         x_TNH = write(self.mlp(self.post_attention_layernorm(collapsed), token_id_T, context))
         return x_TNH if len(x_TNH) else touch(x_TNH, self.parameters())
 

@@ -21,6 +21,7 @@ from transformers.models.deepseek_v4 import modeling_deepseek_v4 as stock
 from transformers.utils.generic import can_return_tuple
 
 from posttrain.backbone import generation
+from posttrain.backbone.again import forming
 from posttrain.backbone.attention import Context
 from posttrain.backbone.auxiliary import join_trainers, step_share
 from posttrain.backbone.balance import LoadMeter
@@ -49,9 +50,8 @@ class V4Model(V4PreTrainedModel, stock.DeepseekV4Model):
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
-        self.layers = nn.ModuleList(
-            [V4DecoderLayer(config, i) for i in range(config.num_hidden_layers)]
-        )
+        layers = [V4DecoderLayer(config, i) for i in range(config.num_hidden_layers)]
+        self.layers = nn.ModuleList(layers)
         self.norm = V4RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = stock.DeepseekV4RotaryEmbedding(config)
         self.hc_head = V4HyperHead(config)
@@ -134,9 +134,12 @@ class V4Model(V4PreTrainedModel, stock.DeepseekV4Model):
         streams: list[Tensor] = []
         token_id_T = token_ids.flatten()[documents.token_T]
         embeds_TH = embeds.flatten(0, 1)[documents.token_T]
-        x_TNH = self._streams(embeds_TH, token_id_T, context, streams if wanted else None)
+        del embeds  # held here it would stay until the end
+        with forming(embeds_TH):
+            x_TNH = self._streams(embeds_TH, token_id_T, context, streams if wanted else None)
+            hidden_TH = self._collapse(x_TNH)
         told_T = None if input_ids is None else token_id_T
-        hidden_TH = self._foretelling(self._collapse(x_TNH), x_TNH, told_T, context)
+        hidden_TH = self._foretelling(hidden_TH, x_TNH, told_T, context)
         last = documents.to_batch(hidden_TH, shape)
         seen = (*(documents.to_batch(x, shape) for x in streams), last) if wanted else None
         if counts and tape is not None and self.load_meter is not None:
@@ -295,9 +298,10 @@ class V4Model(V4PreTrainedModel, stock.DeepseekV4Model):
 
     def _rotations(self, name: str, positions: Tensor) -> Tensor:
         rope = self.rotary_emb
-        return rotations(
-            getattr(rope, f"{name}_inv_freq"), positions, getattr(rope, f"{name}_attention_scaling")
+        inv_freq, scaling = (
+            getattr(rope, f"{name}_{x}") for x in ("inv_freq", "attention_scaling")
         )
+        return rotations(inv_freq, positions, scaling)
 
     def _inputs(self, input_ids: Tensor | None, embeds: Tensor | None) -> tuple[Tensor, Tensor]:
         if input_ids is None and (
@@ -318,9 +322,8 @@ class V4ForCausalLM(V4PreTrainedModel, stock.DeepseekV4ForCausalLM):
     imported."""
 
     def __init__(self, config: DeepseekV4Config) -> None:
-        config.architectures = [
-            "V4ForCausalLM"
-        ]  # unknown to transformers: TRL's reference falls back to Auto
+        # unknown to transformers: TRL's reference falls back to Auto
+        config.architectures = ["V4ForCausalLM"]
         config.auto_map = {}
         config.router_aux_loss_coef = 0.0  # Switch's loss over raw logits, not V4's
         config.num_experts = config.n_routed_experts  # the name TRL reads
@@ -383,9 +386,8 @@ class V4ForCausalLM(V4PreTrainedModel, stock.DeepseekV4ForCausalLM):
         logits = self.lm_head(hidden[:, keep])
         loss = None
         if labels is not None:
-            passed = {
-                k: v for k, v in kwargs.items() if k in ("num_items_in_batch", "shift_labels")
-            }
+            names = ("num_items_in_batch", "shift_labels")
+            passed = {name: kwargs[name] for name in names if name in kwargs}
             loss = cast("Any", self.loss_function)(logits, labels, self.vocab_size, **passed)
         return V4CausalLMOutput(
             loss=loss,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.models.deepseek_v4 import modeling_deepseek_v4 as stock
 
+from posttrain.backbone.again import form_again
 from posttrain.backbone.function import plain_backward
 from posttrain.backbone.host import use_host_loops
 
@@ -53,7 +54,10 @@ def rms_norm(x: Tensor, weight_C: Tensor | None, eps: float) -> Tensor:
     """`RMSNorm`; without gradients its equation alone, for the graph's bookkeeping takes as long as
     the norm of a few tokens."""
     if torch.is_grad_enabled():
-        return RMSNorm.apply(x, weight_C, eps)  # pyright: ignore[reportReturnType]
+        out: Any = RMSNorm.apply(x, weight_C, eps)
+        if weight_C is not None:
+            form_again(out, lambda x, weight_C: normed(x, weight_C, eps)[0], x, weight_C)
+        return out
     return normed(x, weight_C, eps)[0]
 
 

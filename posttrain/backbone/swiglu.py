@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from posttrain.backbone.again import form_again
 from posttrain.backbone.function import plain_backward
 from posttrain.backbone.host import use_host_loops
 
@@ -74,7 +75,9 @@ def shared(gate_TI: Tensor, up_TI: Tensor, limit: float) -> Tensor:
     """`swiglu` of the shared expert, whose projections stay modules that adapters can wrap; without
     gradients what the autograd function gives."""
     if torch.is_grad_enabled():
-        return cast("Tensor", SwiGLU.apply(gate_TI, up_TI, limit))
+        out_TI = cast("Tensor", SwiGLU.apply(gate_TI, up_TI, limit))
+        form_again(out_TI, lambda gate, up: _shared(gate, up, limit), gate_TI, up_TI)
+        return out_TI
     return _shared(gate_TI, up_TI, limit)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers.models.deepseek_v4 import DeepseekV4Config
 from transformers.models.deepseek_v4 import modeling_deepseek_v4 as stock
 
+from posttrain.backbone import again
 from posttrain.backbone.experts import (
     ROWS,
     Groups,
@@ -70,7 +71,12 @@ def plain(p: Any, rounded: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("rounds_inputs", [False, True])
-def test_experts_equal_plain_autograd(shape: tuple[int, ...], rounds_inputs: bool) -> None:
+@pytest.mark.parametrize("is_long", [False, True])
+def test_experts_equal_plain_autograd(
+    shape: tuple[int, ...], *, rounds_inputs: bool, is_long: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A long batch goes an expert at a time."""
+    monkeypatch.setattr(again, "KEPT", 0 if is_long else 4096)
     p = draw(shape)
     found = run_experts(p, p.x, p.expert, p.weight, rounds_inputs=rounds_inputs)
     wanted = plain(p, fake_fp8_activation) if rounds_inputs else plain(p)

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers.models.deepseek_v4 import DeepseekV4Config
 from transformers.models.deepseek_v4 import modeling_deepseek_v4 as stock
 
-from posttrain.backbone import hyper_connections
+from posttrain.backbone import again
 from posttrain.backbone.hyper_connections import Head, V4HyperConnection, V4HyperHead, connect
 
 SHAPES = [(5, 4, 6), (1, 4, 8), (33, 3, 7), (130, 2, 5)]
@@ -88,7 +88,7 @@ def assert_same_with_gradients(found: Any, wanted: Any, inputs: list[Tensor]) ->
 def test_connect_equals_plain_autograd_whatever_the_streams_layout(
     shape: tuple[int, int, int], kept: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hyper_connections, "KEPT", kept)
+    monkeypatch.setattr(again, "KEPT", kept)
     p = draw(shape)
     inputs = [p["x"], p["fn"], p["base"], p["gain"], p["y"]]
     assert_same_with_gradients(run_connect(*inputs), plain_connect(*inputs), inputs)

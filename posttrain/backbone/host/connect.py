@@ -18,6 +18,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from posttrain.backbone.again import form_again
 from posttrain.backbone.function import plain_backward
 from posttrain.backbone.host import streams
 from posttrain.backbone.host.parts import in_parts, num_blocks
@@ -33,7 +34,9 @@ def connect(
     iterations: int,
 ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """What a block reads of the streams (T, H), and how its output is written to them."""
-    x_TNH = x_TNH.contiguous()
+    if not x_TNH.is_contiguous():  # the first layer's streams are one
+        x_TNH, same_TNH = x_TNH.contiguous(), x_TNH
+        form_again(x_TNH, Tensor.contiguous, same_TNH)
     parts: Any = Connect.apply(x_TNH, fn_CX, base_C, gain_C, norm_eps, eps, iterations)
     new_TNH, post_TN, comb_TNN, collapsed_TH = parts
     mixture = (x_TNH.detach(), comb_TNN)
@@ -42,7 +45,9 @@ def connect(
         y_TH = y_TH.to(x_TNH.dtype)
         if not torch.is_grad_enabled():
             return written(*mixture, y_TH, post_TN)
-        return cast("Tensor", Write.apply(new_TNH, y_TH, post_TN, mixture))
+        out_TNH = cast("Tensor", Write.apply(new_TNH, y_TH, post_TN, mixture))
+        form_again(out_TNH, written, *mixture, y_TH, post_TN)
+        return out_TNH
 
     return collapsed_TH, write
 

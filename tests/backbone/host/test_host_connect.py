@@ -1,14 +1,12 @@
 """Hyper-connections in loops equal hyper_connections' functions in float64: results and all
 gradients."""
 
-import weakref
 from typing import Any
 
 import pytest
 import torch
 from small_v4 import small_model
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 
 from posttrain.backbone import hyper_connections
 from posttrain.backbone.host import connect as host
@@ -184,52 +182,3 @@ def test_a_models_streams_go_through_the_loops_in_float32(
     wanted = {"read_blocks": num + 1, "write": num, "write_backward": num, "read_backward": num + 1}
     found = {name: calls.count(name) for name in wanted}
     assert found == (dict.fromkeys(wanted, 0) if is_float64 else wanted)
-
-
-@pytest.mark.parametrize("recomputes", [False, True])
-def test_streams_between_attention_and_experts_are_formed_again_to_the_same_bits(
-    monkeypatch: pytest.MonkeyPatch, *, recomputes: bool
-) -> None:
-    model: Any = small_model(seed=3).train()
-    if recomputes:
-        older = model.gradient_checkpointing_enable  # warns that it has a new name, where it has
-        getattr(model, "activation_checkpointing_enable", older)()
-    ids = torch.randint(3, 40, (2, 30), generator=torch.Generator().manual_seed(1))
-    held: list[weakref.ref[Tensor]] = []
-
-    def note(_: Any, args: tuple[Tensor, ...]) -> None:
-        held.append(weakref.ref(args[0]))
-
-    for layer in model.model.layers:
-        layer.ffn_hc.register_forward_pre_hook(note)
-    gradients: list[list[Tensor]] = []
-    for kept in (0, 1000):
-        monkeypatch.setattr(hyper_connections, "KEPT", kept)
-        held.clear()
-        model.zero_grad()
-        loss = model(ids, labels=ids).loss
-        num_held = sum(ref() is not None for ref in held)
-        assert num_held == (len(held) if kept and not recomputes else 0)
-        loss.backward()
-        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
-    assert len(gradients[0]) > 10
-    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
-
-
-def test_hooks_of_others_see_all_that_is_saved(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that who computes whole layers again, or keeps tensors elsewhere, still can."""
-    model: Any = small_model(seed=3).train()
-    ids = torch.randint(3, 40, (2, 30), generator=torch.Generator().manual_seed(1))
-    counts: list[int] = []
-    for kept in (0, 1000):
-        monkeypatch.setattr(hyper_connections, "KEPT", kept)
-        seen: list[torch.Size] = []
-
-        def pack(x: Tensor, seen: list[torch.Size] = seen) -> Tensor:
-            seen.append(x.shape)
-            return x
-
-        with saved_tensors_hooks(pack, lambda x: x):
-            model(ids, labels=ids)
-        counts.append(len(seen))
-    assert counts[0] == counts[1]
