@@ -8,7 +8,7 @@ the forward pass, tile by tile of tokens (as in fused linear cross-entropy): fou
 a tile with one teacher, three where the head is frozen, two where nothing wants a gradient; nothing
 computed twice, no tensor of [N, V]. There is no mode that computes logits again in the backward:
 what is kept for a frozen head is [N, H], which the backward gives out as it is, so such a mode
-would take two products more and save nothing.
+would take two products more and save nothing but that (torch's reentrant checkpoint does so).
 
 Over a process group each rank holds some rows of every head (reverse_kl_group.py): a tile's
 numbers a token travel in one collective, the hidden states' gradient in one at the end.

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from distill import reverse_kl_tile
 from distill.reverse_kl import Head, default_tile_rows, reverse_kl
@@ -104,6 +105,28 @@ def test_products_of_a_tile(frozen: tuple[str, ...], num_products: int) -> None:
     with torch.no_grad(), Watch() as watch:
         reverse_kl(hidden, head, [teacher], tile_rows=4)
     assert watch.num_products == 3 * 2
+
+
+def test_the_hidden_gradient_alone_can_be_formed_in_the_backward_to_the_same_bits() -> None:
+    """By torch's own checkpoint: until then two products a tile, and no gradient in memory."""
+    (plain, weight, bias), teachers = models()
+    head = Head(weight.detach(), bias.detach(), 1.7)
+
+    def loss(hidden: Tensor) -> Tensor:
+        return reverse_kl(hidden, head, teachers[:1], temperature=0.8, tile_rows=5).loss
+
+    wanted = loss(plain)
+    (3 * wanted).backward()
+    late = plain.detach().requires_grad_()
+    with Watch() as before:
+        found: Any = checkpoint(loss, late, use_reentrant=True, preserve_rng_state=False)
+    with Watch() as after:
+        (3 * found).backward()
+    assert (before.num_products, after.num_products) == (3 * 2, 3 * 3)
+    assert torch.equal(found, wanted)
+    assert late.grad is not None
+    assert plain.grad is not None
+    assert torch.equal(late.grad, plain.grad)
 
 
 def test_no_tensor_is_larger_than_a_tile_or_the_head() -> None:
