@@ -178,12 +178,15 @@ class Batch:
             heappush(self._free, row.slot)
         return found
 
-    def answered(self, *, waits: bool) -> list[Row]:
-        """Rows to which something has been said; `waits` for one where there is none."""
-        asked = [row for row in self.rows.values() if row.answer is not None]
-        if waits and asked:
-            wait([row.answer for row in asked if row.answer], return_when=FIRST_COMPLETED)
-        return [row for row in asked if row.answer is not None and row.answer.done()]
+    def answered(self) -> list[Row]:
+        """Rows to which something has been said."""
+        return [row for row in self.rows.values() if row.answer is not None and row.answer.done()]
+
+    def wait_for_answer(self) -> None:
+        """Until something has been said to one of those that ask, if any do."""
+        asked = [row.answer for row in self.rows.values() if row.answer is not None]
+        if asked:
+            wait(asked, return_when=FIRST_COMPLETED)
 
     def forget_weights(self, *, rereads: bool) -> None:
         """The weights have changed; `rereads`: all rows begin again with what they have."""

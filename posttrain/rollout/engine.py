@@ -117,8 +117,13 @@ class Engine:
                 rows, logits = batch.fed(live, reading, logits, routes)
                 if logits is not None and rows:
                     self._take(rows, Draws(rows).draw(logits))
-            self._hear(batch.answered(waits=not (rows or reading or ended)))
-            return ended + batch.ended()
+            heard = batch.answered()
+            self._hear(heard)
+            is_idle = not (rows or reading or ended or heard)
+            ended += batch.ended()
+        if is_idle:  # others may come in meanwhile
+            batch.wait_for_answer()
+        return ended
 
     def _steps(self, live: Mapping[int, int]) -> Any:
         """Several at one go, where every row that is not asking is fed a token and they come to the
@@ -152,7 +157,7 @@ class Engine:
         assert batch is not None
         if ended and (batch.has_waiting or any(row.request.continue_turn for row in ended)):
             return True
-        return self._handover.num_waiting > 0 or bool(batch.answered(waits=False))
+        return self._handover.num_waiting > 0 or bool(batch.answered())
 
     def update(
         self, version: int, apply: Callable[[], object] | None = None, *, rereads: bool = False

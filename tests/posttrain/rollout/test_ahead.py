@@ -4,7 +4,7 @@ from collections.abc import Generator
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from time import sleep
 from typing import Any
 
@@ -264,3 +264,31 @@ def test_other_weights_from_another_thread_come_in_after_the_step_that_runs(
     updater.join()
     assert came_at == [10 + place]
     assert [r.versions for r in found] == [[0] * (10 + place) + [7] * (50 - place)] * 2
+
+
+def test_other_weights_come_in_while_all_wait_for_a_tool(model: Any) -> None:
+    """Which here says nothing before they have."""
+    answer: Future[list[int] | None] = Future()
+    engine, came, was_in = Engine(model, num_slots=1, seed=0), Event(), list[bool]()
+
+    def speak() -> None:
+        was_in.append(came.wait(10))
+        answer.set_result([7, 8])
+
+    def update() -> None:
+        sleep(0.2)  # the engine waits by then; where it does not yet, that is no less right
+        engine.update(7, came.set)
+
+    threads = [Thread(target=update), Thread(target=speak)]
+
+    def ask(own: list[int]) -> Future[list[int] | None]:
+        for thread in threads:
+            thread.start()
+        return answer
+
+    asked = Request("a", [3], max_new_tokens=3, stop_token_ids=tuple(range(40)), continue_turn=ask)
+    (found,) = engine.run([asked])
+    for thread in threads:
+        thread.join()
+    assert was_in == [True]
+    assert (found.finish_reason, len(found.response)) == ("length", 1)
