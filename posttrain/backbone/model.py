@@ -124,9 +124,8 @@ class V4Model(V4PreTrainedModel, stock.DeepseekV4Model):
             shape, embeds.device, attention_mask=attention_mask, position_ids=position_ids
         )
         counts = self.load_meter is not None and self.training and torch.is_grad_enabled()
-        tape = None
-        if capture_routes or counts or replay_routes is not None:
-            tape = RouteTape(len(self.layers), replay_routes)
+        wants_tape = capture_routes or counts or replay_routes is not None
+        tape = RouteTape(len(self.layers), replay_routes) if wants_tape else None
         cache = past_key_values if slots is not None else None
         context = self._context(documents, cast("V4Cache | None", cache), slots, tape)
         wanted = kwargs.get("output_hidden_states")
@@ -214,8 +213,7 @@ class V4Model(V4PreTrainedModel, stock.DeepseekV4Model):
         """Take whole prompts into their slots, `chunk` tokens of each at a time; the last token's
         hidden state of each, (len(sequences), H). A `tape` takes down the experts of all their
         tokens, one prompt after the other, or tells them."""
-        device = self.embed_tokens.weight.device
-        lengths = [len(ids) for ids in sequences]
+        device, lengths = self.embed_tokens.weight.device, [len(ids) for ids in sequences]
         cache.release(torch.tensor(slots, device=device))
         cache.reserve(max(lengths))
         last = self.embed_tokens.weight.new_zeros(len(sequences), self.config.hidden_size)
