@@ -194,7 +194,8 @@ class Batch:
         if rereads:
             self._slots.release(list(self.rows))
             for row in self.rows.values():
-                row.unread, row.routes = row.tokens, []
+                if not row.is_done:
+                    row.unread, row.routes = row.tokens, []
 
 
 def same_prompt(one: Row, other: Row) -> bool:

@@ -135,17 +135,19 @@ class Engine:
 
     def _go_ahead(self, steps: Any, rows: list[Row]) -> list[Row]:
         """Let the rows, in the order of their slots, have what `steps` come to."""
-        journal = self.journal
+        journal, version = self.journal, self.version  # a tool that is asked may change it
 
         def write(places: Sequence[int], tokens: Sequence[int], logp: Sequence[float]) -> None:
             assert journal is not None
-            taken = [Token(token, p, self.version) for token, p in zip(tokens, logp, strict=True)]
+            taken = [Token(token, p, version) for token, p in zip(tokens, logp, strict=True)]
             journal.tokens(list(zip([rows[place] for place in places], taken, strict=True)))
 
         taken = go_ahead(steps, rows, None if journal is None else write, self._is_called)
-        for row, (tokens, logp, routes) in zip(rows, taken, strict=True):
+        for row, (_, _, routes) in zip(rows, taken, strict=True):
+            row.unread = []
             row.routes += routes if row.request.wants_routes else ()
-            row.take_all(tokens, logp, self.version)
+        for row, (tokens, logp, _) in zip(rows, taken, strict=True):
+            row.take_all(tokens, logp, version)
             if row.is_turn_over:
                 self._ask(row)
         return rows

@@ -133,7 +133,7 @@ class Journal:
                 "another request (prompt, length, temperature, top-p, top-k, stops or what it goes "
                 "on from differ): give it a fresh sample number, or clear() the journal"
             )
-        row.number = logged.number
+        row.number, row.unread = logged.number, []
         for event in logged.events:
             if isinstance(event, Token):
                 row.take(event)

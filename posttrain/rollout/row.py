@@ -108,9 +108,9 @@ class Row:
 
     def take_all(self, tokens: list[int], logp: list[float], version: int) -> None:
         """Its next ones, none but the last of which may end a turn; that is to be fed, unless the
-        row ends with it."""
+        row ends with it; with all before it, where that is to be read again."""
         self._extend(tokens, logp, version, is_own=True)
-        self.unread = tokens[-1:]
+        self.unread = self.tokens if self.unread else tokens[-1:]
         self.stop_string = self.stops.completed(self.response, self.turn)
         self.is_turn_over = bool(self.stop_string) or tokens[-1] in self.request.stop_token_ids
         if self.is_turn_over and self.request.continue_turn is None:

@@ -158,3 +158,61 @@ def test_a_prompt_read_under_earlier_weights_is_read_again() -> None:
     wanted = run(other, asked[1:], 1)
     assert [r.response for r in found] == [wanted[r.prompt_id, r.sample].response for r in found]
     assert [r.logp for r in found] == [wanted[r.prompt_id, r.sample].logp for r in found]
+
+
+@pytest.mark.parametrize("place", range(5, 10))
+@pytest.mark.parametrize("who", ["on_token", "tool"])
+def test_weights_put_in_from_within_a_step_are_those_of_each_token_that_follows(
+    who: str, place: int
+) -> None:
+    """Greedy tokens are the argmax of full forwards of the weights that they name."""
+    weights = {version: make_model(seed=version) for version in (0, 5)}
+    model, calls = make_model(), [0]
+
+    def called() -> int:
+        calls[0] += 1
+        if calls[0] == place:
+            state = weights[5].state_dict()
+            engine.update(5, lambda: model.load_state_dict(state), rereads=True)
+        return calls[0]
+
+    asked = [replace(r, temperature=0) for r in make_requests(6, max_new_tokens=20)]
+    if who == "tool":
+        ends = tuple(range(3, VOCAB, 4))
+        asked = [
+            replace(r, stop_token_ids=ends, continue_turn=lambda _: [7, 8] if called() else None)
+            for r in asked
+        ]
+
+    def tell(*_: Any) -> None:
+        called()
+
+    on_token = tell if who == "on_token" else None
+    engine = Engine(model, num_slots=3, seed=0, on_token=on_token)
+    found = list(engine.run(asked))
+    assert {version for r in found for version in r.token_versions} == {0, 5}
+    for rollout in found:
+        ids, start = [*rollout.prompt, *rollout.response], len(rollout.prompt)
+        for t in (t for t, own in enumerate(rollout.is_own) if own):
+            with torch.no_grad():
+                logits = weights[rollout.token_versions[t]](torch.tensor([ids[: start + t]])).logits
+            assert int(logits[0, -1].argmax()) == rollout.response[t]
+
+
+def test_other_weights_come_in_while_all_wait_for_a_tool_and_from_its_own_thread(
+    model: Any,
+) -> None:
+    came_in: list[int] = []
+
+    def ask(_: list[int]) -> list[int] | None:
+        engine.update(3, lambda: came_in.append(3))  # from the tool's thread
+        other = threading.Thread(target=lambda: engine.update(4, lambda: came_in.append(4)))
+        other.start()
+        other.join(20)
+        return None
+
+    engine = Engine(model, num_slots=2, seed=0, num_tool_threads=1)
+    every = tuple(range(VOCAB))
+    asked = replace(make_requests(1)[0], stop_token_ids=every, continue_turn=ask)
+    (rollout,) = engine.run([asked])
+    assert (rollout.finish_reason, came_in, engine.version) == ("stop", [3, 4], 4)
