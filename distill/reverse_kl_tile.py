@@ -173,7 +173,12 @@ class Tile:
         units: tuple[float, float],
         factor_R: Tensor | None,
     ) -> Tensor:
-        """The first sweep, (6, R), see `compare`; with `factor_R` also the second."""
+        """The first sweep, (6, R), see `compare`; with `factor_R` also the second. A rank without
+        rows of the vocabulary has next to nothing."""
+        if not student_RV.shape[1]:
+            least = torch.finfo(student_RV.dtype).min  # finite: it is multiplied by 0
+            nothing_6 = student_RV.new_tensor([least, 1.0, 0.0, least, 1.0, 0.0])
+            return nothing_6[:, None].repeat(1, len(student_RV))
         if self.uses_kernels:
             from distill.kernels import tile
 
@@ -198,7 +203,7 @@ class Tile:
         factor_R: Tensor,
     ) -> Tensor:
         """The second sweep, in the place of `gap_RV`, or by a kernel in `slope_dtype`."""
-        if self.uses_kernels:
+        if self.uses_kernels and gap_RV.shape[1]:
             from distill.kernels import tile
 
             dtype = self.slope_dtype

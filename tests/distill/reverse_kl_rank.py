@@ -14,8 +14,8 @@ from torch import distributed as dist
 from distill.reverse_kl import Head, reverse_kl
 from distill.reverse_kl_group import Tokens
 
-CUTS = {1: (0, V), 2: (0, 11, V), 3: (0, 5, 23, V)}
-"""Where the vocabulary is cut, for so many ranks."""
+CUTS = {1: (0, V), 2: (0, 11, V), 3: (0, 5, 5, V)}
+"""Where the vocabulary is cut, for so many ranks; the second of three has none of it."""
 TOKEN_CUTS = {1: (0, 13), 2: (0, 9, 13), 3: (0, 9, 9, 13)}
 """Where the tokens are; the second of three ranks has none."""
 
