@@ -192,8 +192,9 @@ class DistillConfig(Config):
     partial_rollout_tokens: int | None = Field(default=None, ge=1)
     """Tokens that a rollout gets under one version of the weights; one that has not ended pauses
     and goes on under the next version's beside the next step's prompts, and is learned in the step
-    in which it ends, so that no step waits for the longest. Those of the last step do not pause.
-    Null: each rollout is sampled whole."""
+    in which it ends, so that no step waits for the longest. With max_staleness below the number of
+    its parts its first ones are too old by then, and masked. Those of the last step do not pause;
+    where a run stops early, what has paused is not learned. Null: each is sampled whole."""
     rollout_timeout_s: float = Field(default=600.0, gt=0)
     """Seconds to wait for the next few rollouts of a worker, or for it to take up new weights."""
     num_resident_teachers: int = Field(default=8, ge=1)
