@@ -18,7 +18,7 @@ from distill.rollouts import Batch, read_along, requests_of
 from distill.roster import Rosters
 from distill.samplers import make_sampler
 from distill.schedule import Deal, EvenDeal, Schedule
-from distill.staleness import fresh_from
+from distill.staleness import Learned, fresh_from
 from distill.teacher_samples import TeacherSamples
 from distill.teacher_scores import teacher_scores
 from distill.teachers import Teachers
@@ -145,7 +145,7 @@ class Batches:
             self._teachers,
             step=step,
             is_warmup=step < self._config.teacher_samples.warmup_steps,
-            learned=partial(learned_tokens, step=step, config=self._config),
+            learned=learned_of(self._config, step),
         )
 
 
@@ -154,10 +154,10 @@ def until_of(config: DistillConfig) -> Until:
     return partial(learned_until, **config.endings.model_dump())
 
 
-def learned_tokens(rollout: Rollout, *, step: int, config: DistillConfig) -> slice:
-    """Those that are not too old in this step, nor left out for how the rollout ends."""
-    oldest = step - config.max_staleness
-    return slice(fresh_from(rollout, oldest), until_of(config)(rollout))
+def learned_of(config: DistillConfig, step: int) -> Learned:
+    """What is not too old in this step, nor left out for how the rollout ends."""
+    until, oldest = until_of(config), step - config.max_staleness
+    return lambda rollout: slice(fresh_from(rollout, oldest), until(rollout))
 
 
 def check_threads(config: DistillConfig, job: Job) -> None:

@@ -370,17 +370,21 @@ class OpdStage(Config):
         return self
 
     @property
-    def mixtures(self) -> dict[str, dict[str, float]]:
-        """Each domain's teachers with their weights, which sum to 1, and the base with that of the
-        KL to it."""
+    def taught(self) -> dict[str, dict[str, float]]:
+        """Each domain's teachers with their weights, which sum to 1."""
         found: dict[str, dict[str, float]] = {}
         for domain, given in self.teachers.items():
             weights = {given: 1.0} if isinstance(given, str) else given
             total = sum(weights.values())
             found[domain] = {name: weight / total for name, weight in weights.items()}
-            if self.distill.kl_to_base:
-                already = found[domain].get(BASE, 0.0)
-                found[domain][BASE] = already + self.distill.kl_to_base
+        return found
+
+    @property
+    def mixtures(self) -> dict[str, dict[str, float]]:
+        """As `taught`, and the base with the weight of the KL to it."""
+        found = self.taught
+        for weights in found.values() if self.distill.kl_to_base else ():
+            weights[BASE] = weights.get(BASE, 0.0) + self.distill.kl_to_base
         return found
 
     @property

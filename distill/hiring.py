@@ -14,12 +14,13 @@ from transformers import AutoTokenizer
 
 from distill.config import OpdStage
 from distill.hidden_store import HiddenStore
+from distill.mesh import own_device
 from distill.reverse_kl import Head
 from distill.teacher_adapters import check_adapter
 from distill.teacher_files import Place, find_teacher
 from distill.teacher_models import Loader, load_config, stable
 from distill.teachers import Teacher, Teachers
-from posttrain.checkpoints import load_tokenizer, weights_hash
+from posttrain.checkpoints import load_model, load_tokenizer, weights_hash
 from posttrain.errors import CheckpointError
 from posttrain.files import write_atomic
 from posttrain.hashes import FileHashes
@@ -109,6 +110,15 @@ def teacher_folder(name: str, job: Job) -> Path:
     if name in job.inputs:
         return job.inputs[name] / "checkpoint"
     return (job.folder / name).resolve()
+
+
+def load_teacher(name: str, job: Job) -> Any:
+    """The whole model, to sample with: beside the student, and gone after a kill whose resume finds
+    what it sampled, so that torch's generator is left as it was."""
+    with torch.random.fork_rng():
+        model: Any = load_model(teacher_folder(name, job))
+    model.to(own_device())
+    return model
 
 
 def identify(

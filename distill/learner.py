@@ -196,7 +196,7 @@ class Learner:
         )
         share = batch.num_inputs / totals.num_inputs * self.mesh.size
         hidden_NH, weight_VH, bias_V = self.student(batch, share.float())
-        own_head = Head(weight_VH, bias_V, self.head_scale)
+        own_head = self._own_rows(Head(weight_VH, bias_V, self.head_scale))
         hidden_NH.retain_grad()
         try:
             loss, compared = self._compare_all(hidden_NH, own_head, batch, weight_N)
@@ -250,7 +250,7 @@ class Learner:
             return torch.stack([found.loss for found, _ in compared]).sum(), compared
         loss, found = compare_over_ranks(
             hidden_NH,
-            self._own_rows(head),
+            head,
             batch,
             weight_N,
             heads_of=self._heads_of,
@@ -260,7 +260,10 @@ class Learner:
         return loss, [(kl, kl) for kl in found]
 
     def _own_rows(self, head: Head) -> Head:
-        """This rank's rows of the head, and their gradient what `backward` makes of others'."""
+        """This rank's rows of the head, and their gradient what `backward` makes of others'; all of
+        it where the vocabulary is not shared out."""
+        if not self.mesh.vocab_parallel:
+            return head
         if not self.mesh.is_sharded:
             return head.map(lambda x: x[self.vocab_rows])
         # it is summed over nothing, where others' are averaged over the ranks
@@ -274,7 +277,6 @@ class Learner:
         hidden_NH, head = hidden_NH.detach(), head.detach()
         if not self.mesh.vocab_parallel:
             return token_logits(hidden_NH, head, token_N)
-        head = head if self.mesh.is_sharded else head.map(lambda x: x[self.vocab_rows])
         return logits_over_ranks(hidden_NH, head, token_N, self.vocab_rows, self.mesh)
 
     def _compare(

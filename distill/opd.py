@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from distill.asynchronous import Pipeline
-from distill.batches import Batches, learned_tokens, until_of
+from distill.batches import Batches, learned_of, until_of
 from distill.config import DistillConfig, OpdStage
 from distill.flatness import describe_flatness, is_stopped
 from distill.hiring import HASHES, open_pool
@@ -82,8 +82,8 @@ def work(stage: OpdStage, job: Job) -> None:
             checkpoint.heed_guard()
             tokens_seen += sum(len(row.example.positions) for row in rows)
             numbers = {name: float(value) for name, value in learned.items()}
-            learned_of = partial(learned_tokens, step=step, config=config)
-            numbers |= tell(made.batch, version=step, num_rows=len(rows), learned=learned_of)
+            learns = learned_of(config, step)
+            numbers |= tell(made.batch, version=step, num_rows=len(rows), learned=learns)
             numbers |= {"tokens_seen": tokens_seen, "roster": made.roster}
             history.append(numbers)
             numbers |= flat(history)

@@ -15,16 +15,11 @@ import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from distill.config import DistillConfig
-from distill.hiring import teacher_folder
+from distill.hiring import load_teacher
 from distill.kept_rollouts import read_rollouts, write_rollouts
-from distill.mesh import own_device
 from distill.schedule import Visit, row_order
-from posttrain.checkpoints import load_model
 from posttrain.job import Job
 from posttrain.rollout.engine import Engine
 from posttrain.rollout.types import Request, Rollout
@@ -88,9 +83,7 @@ class TeacherSamples:
     def _ask(self, name: str, requests: Sequence[Request], journal: Path) -> Iterator[Rollout]:
         if not requests:
             return
-        with torch.random.fork_rng():  # a run that finds the answers draws what this one draws
-            model: Any = load_model(teacher_folder(name, self._job))
-        model.to(own_device())
+        model = load_teacher(name, self._job)
         seed = random.Random(f"{self._job.seed}/{name}").getrandbits(32)  # the student has its own
         engine = Engine(model, num_slots=self._config.num_slots, seed=seed)
         yield from run_written(engine, requests, journal)

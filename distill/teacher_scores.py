@@ -6,17 +6,11 @@ in teacher_scores.json.
 """
 
 import json
-from collections import defaultdict
 from collections.abc import Mapping
-from typing import Any
-
-import torch
 
 from distill.config import OpdStage
-from distill.hiring import teacher_folder
-from distill.mesh import own_device
+from distill.hiring import load_teacher
 from distill.scores import heldout_requests, sampled_scores
-from posttrain.checkpoints import load_model
 from posttrain.files import write_atomic
 from posttrain.job import Job
 from posttrain.rollout.engine import Engine
@@ -33,25 +27,17 @@ def teacher_scores(stage: OpdStage, tasks: Mapping[str, Task], job: Job) -> dict
 
 
 def _found(stage: OpdStage, tasks: Mapping[str, Task], job: Job) -> dict[str, float]:
-    weight: dict[str, dict[str, float]] = defaultdict(dict)
-    for domain, given in stage.teachers.items():
-        weights = {given: 1.0} if isinstance(given, str) else given
-        for name, share in weights.items():
-            weight[name][domain] = share / sum(weights.values())
-    scores = dict.fromkeys(tasks, 0.0)
-    for name, shares in sorted(weight.items()):
-        own = {domain: tasks[domain] for domain in shares}
+    taught, scores = stage.taught, dict.fromkeys(tasks, 0.0)
+    for name in sorted({name for weights in taught.values() for name in weights}):
+        own = {domain: task for domain, task in tasks.items() if name in taught[domain]}
         for domain, score in _scored(name, own, stage, job).items():
-            scores[domain] += shares[domain] * score
+            scores[domain] += taught[domain][name] * score
     return scores
 
 
 def _scored(name: str, tasks: Mapping[str, Task], stage: OpdStage, job: Job) -> dict[str, float]:
     config = stage.distill
-    with torch.random.fork_rng():  # a run that finds the scores draws what this one draws
-        model: Any = load_model(teacher_folder(name, job))
-    model.to(own_device())
-    engine = Engine(model, num_slots=config.num_slots, seed=job.seed)
+    engine = Engine(load_teacher(name, job), num_slots=config.num_slots, seed=job.seed)
     asked = heldout_requests(
         tasks, num_prompts=config.evaluate_prompts, num_samples=config.evaluate_samples
     )

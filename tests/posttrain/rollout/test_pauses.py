@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from at_hand import VOCAB, journaled_requests, make_model, make_requests, run
-from transformers import LlamaConfig, LlamaForCausalLM
+from at_hand import journaled_requests, make_model, make_requests, run
+from test_generic import make_model as make_other
 
 from posttrain.rollout import Request, Rollout
 from posttrain.rollout.engine import Engine
@@ -134,17 +134,7 @@ def test_only_what_has_paused_goes_on(model: Any) -> None:
 
 
 def test_parts_of_another_model_are_the_whole_but_for_rounding() -> None:
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=VOCAB,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-        )
-    ).eval()
-    model.lm_head.weight.data *= 20
+    model = make_other("llama")
     asked = make_requests(6, max_new_tokens=17)
     part = {(r.prompt_id, r.sample): 4 for r in asked}
     found, num_runs = in_parts(model, asked, part=part)
